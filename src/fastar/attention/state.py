@@ -1,0 +1,253 @@
+"""All method state of one rollout: the object whose `attend` the backbone calls.
+
+Per pass: `begin_pass(context)`, then the backbone's forward, which calls `attend` once per stream and layer, then
+`end_pass()`. Layers only stage their keys and values; `end_pass` of a committing pass changes the cache, all layers
+at once, so that a crash in mid-pass leaves the old state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastar import engines, sparsity
+from fastar.attention.context import PassContext, Stream
+from fastar.attention.rope import RotaryEmbedding, grid_positions
+from fastar.cache.base import CachePolicy, CacheSpec, Staged
+from fastar.engines.plan import BlockPlan
+from fastar.sparsity import CrossSelector, Selector, SelectRequest
+
+
+@dataclass(frozen=True)
+class AttendEvent:
+    """One attention call as it was executed, for measures that need queries, keys or plans.
+
+    Attributes:
+        stream, layer, context: where.
+        q, k, v: what the engine got (q and k roped in the self stream), BHLD.
+        log_count: bias of merged (> 0) and empty (-inf) slots, [B, H, Lk]; None if all counts are 1.
+        plan: executed blocks; None means all pairs.
+        out: the result, [B, H, Lq, D].
+        candidates: keys of this stream before the selector, the current chunk included.
+    """
+
+    stream: Stream
+    layer: int
+    context: PassContext
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_count: Tensor | None
+    plan: BlockPlan | None
+    out: Tensor
+    candidates: int
+
+
+class Recorder(Protocol):
+    """Sees every attention call of a rollout."""
+
+    def on_attend(self, event: AttendEvent) -> None:
+        """Called after each attention call, inside the pass."""
+
+
+@dataclass
+class _Working:
+    """A layer's attended keys in the compute dtype: what the cache keeps, then room for the current chunk."""
+
+    k: Tensor
+    v: Tensor
+    log_count: Tensor | None
+    cached: int  # slots before the current chunk
+    positions: Tensor | None  # [B, H, cached, 3]
+
+
+class AttentionState:
+    """Cache, selectors and engine of one rollout, behind the backbone's one call.
+
+    Args:
+        cache: policy that keeps the past of the self stream; bound here, so one instance serves one rollout.
+        self_selector: which pairs of the self stream are computed.
+        cross_selector: which text tokens are kept.
+        engine: name of an attention engine, or `auto` (chosen once, see `self.engine`).
+        rope, grid: the backbone's rotary embedding and tokens per frame (rows, columns).
+        num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the attention calls to come.
+        recorders: see every attention call.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: CachePolicy,
+        self_selector: Selector,
+        cross_selector: CrossSelector,
+        engine: str,
+        rope: RotaryEmbedding,
+        grid: tuple[int, int],
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        batch: int,
+        chunk_frames: int,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        recorders: Sequence[Recorder] = (),
+    ) -> None:
+        self.cache, self.self_selector, self.cross_selector = cache, self_selector, cross_selector
+        self.engine = engines.resolve(engine, device)
+        self.rope, self.grid, self.recorders = rope, grid, list(recorders)
+        self.context: PassContext | None = None
+        self._positions = torch.empty(0, 3, dtype=torch.long)
+        self._working: dict[int, _Working] = {}
+        self.device = device
+        if not self.cache.is_bound:  # a follower of a `TeeCache` is bound, and filled, by its leader
+            self.cache.bind(
+                CacheSpec(
+                    num_layers=num_layers,
+                    batch=batch,
+                    num_heads=num_heads,
+                    head_dim=head_dim,
+                    tokens_per_frame=grid[0] * grid[1],
+                    rope=rope,
+                    compute_dtype=compute_dtype,
+                    device=device,
+                    chunk_frames=chunk_frames,
+                )
+            )
+
+    def begin_pass(self, context: PassContext) -> None:
+        """Announce the pass whose attention calls follow."""
+        if self.context is not None:
+            raise RuntimeError("begin_pass was called inside a pass: call end_pass or abort_pass first")
+        self.context = context
+        self._positions = grid_positions(context.first_frame, context.num_frames, self.grid, device=self.device)
+
+    def end_pass(self) -> None:
+        """Close the pass; if it commits, the staged keys of all layers enter the cache together."""
+        context = self._require_context()
+        if context.commits:
+            self.cache.commit(context.first_frame, context.num_frames)
+            self.forget_working_copies()
+        self.context = None
+
+    def abort_pass(self) -> None:
+        """Close a pass that failed: the cache stays as it was before it."""
+        self.cache.discard()
+        self.context = None
+
+    def rewrite(self, first_frame: int) -> None:
+        """Drop what is cached from `first_frame` on, so that those frames can be committed again (prompt switch)."""
+        self.cache.drop_from(first_frame)
+        self.forget_working_copies()
+
+    def forget_working_copies(self) -> None:
+        """Read the cache afresh in the next pass; needed when somebody else has written to it."""
+        self._working.clear()
+
+    def attend(self, stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The backbone's one call: q, k, v [B, H, L, D] before RoPE -> [B, H, Lq, D]."""
+        if stream == "self":
+            return self._attend_self(layer, q, k, v)
+        if stream == "text":
+            return self._attend_text(layer, q, k, v)
+        return self._execute(stream, layer, q, k, v, log_count=None, plan=None, candidates=k.shape[2])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cache, and what selectors remember; bit for bit."""
+        if self.context is not None:
+            raise RuntimeError("a state can be saved between passes only: call end_pass first")
+        return {"cache": self.cache.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of a state with the same configuration."""
+        self.cache.load_state_dict(saved["cache"])
+        self.forget_working_copies()
+
+    def _attend_self(self, layer: int, q_raw: Tensor, k_raw: Tensor, v: Tensor) -> Tensor:
+        context = self._require_context()
+        q, k = self.rope.rotate(q_raw, self._positions), self.rope.rotate(k_raw, self._positions)
+        if context.commits:
+            self.cache.stage(layer, Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=self._positions))
+        working = self._working_of(layer, k)
+        working.k[:, :, working.cached :] = k
+        working.v[:, :, working.cached :] = v
+        plan = None
+        if not self.self_selector.is_dense(layer, context):
+            plan = self.self_selector.plan(self._request(layer, context, q, q_raw, k_raw, working))
+        return self._execute(
+            "self", layer, q, working.k, working.v,
+            log_count=working.log_count, plan=plan, candidates=working.k.shape[2],
+        )  # fmt: skip
+
+    def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        log_count, candidates = None, k.shape[2]
+        context = self._require_context()
+        if not self.cross_selector.is_dense(layer, context):
+            keep = self.cross_selector.select(layer, context, q, k)
+            if keep is not None:
+                k, v, log_count = sparsity.compact(k, v, keep)
+        return self._execute("text", layer, q, k, v, log_count=log_count, plan=None, candidates=candidates)
+
+    def _execute(
+        self,
+        stream: Stream,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        log_count: Tensor | None,
+        plan: BlockPlan | None,
+        candidates: int,
+    ) -> Tensor:
+        out, _ = engines.attend(q, k, v, log_count=log_count, plan=plan, engine=self.engine)
+        if self.recorders:
+            event = AttendEvent(
+                stream, layer, self._require_context(), q, k, v, log_count, plan, out, candidates
+            )
+            for recorder in self.recorders:
+                recorder.on_attend(event)
+        return out
+
+    def _working_of(self, layer: int, k: Tensor) -> _Working:
+        """Cached slots in the compute dtype with room for the current chunk, made once a chunk and layer."""
+        working = self._working.get(layer)
+        if working is None or working.k.shape[2] - working.cached != k.shape[2]:
+            view = self.cache.view(layer)
+            cached = view.k.shape[2]
+            shape = (*k.shape[:2], cached + k.shape[2], k.shape[3])
+            working = _Working(k.new_empty(shape), k.new_empty(shape), None, cached, view.positions)
+            if cached:
+                working.k[:, :, :cached], working.v[:, :, :cached] = view.k, view.v
+            if cached and view.log_count is not None:
+                working.log_count = torch.zeros(shape[:3], dtype=torch.float32, device=k.device)
+                working.log_count[:, :, :cached] = view.log_count
+            self._working[layer] = working
+        return working
+
+    def _request(
+        self, layer: int, context: PassContext, q: Tensor, q_raw: Tensor, k_raw: Tensor, working: _Working
+    ) -> SelectRequest:
+        raw = None
+        if self.self_selector.match_space == "raw":
+            raw = k_raw
+            if working.cached and working.positions is not None:
+                past = self.rope.unrotate(working.k[:, :, : working.cached], working.positions)
+                raw = torch.cat([past, k_raw], dim=2)
+        return SelectRequest(
+            layer=layer,
+            context=context,
+            q=q,
+            k=working.k,
+            q_raw=q_raw,
+            k_raw=raw,
+            log_count=working.log_count,
+            num_current=k_raw.shape[2],
+            text_tags=None,
+        )
+
+    def _require_context(self) -> PassContext:
+        if self.context is None:
+            raise RuntimeError("attention was called outside a pass: call begin_pass first")
+        return self.context

@@ -1,0 +1,21 @@
+"""Causal video transformers, their autoencoder and their checkpoints. Nothing here knows a cache or a
+sparsity method.
+"""
+
+from fastar.backbones.autoencoder import Autoencoder, AutoencoderConfig
+from fastar.backbones.base import Backbone, BackboneConfig, build_backbone
+from fastar.backbones.checkpoint import load_backbone, save_backbone
+from fastar.backbones.wan.config import WanConfig
+from fastar.backbones.wan.transformer import CausalWanTransformer
+
+__all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "Backbone",
+    "BackboneConfig",
+    "CausalWanTransformer",
+    "WanConfig",
+    "build_backbone",
+    "load_backbone",
+    "save_backbone",
+]

@@ -1,0 +1,173 @@
+"""Causal video diffusion transformer in Wan 2.1's layout; Wan2.1-1.3B and the Doom models are configs of it.
+
+Parameter names are those of the original Wan checkpoints. The forward pass knows frames, not history: every
+attention goes through the `attend` it is given, which alone decides what a token sees.
+
+Shapes: B batch, F latent frames, C latent channels, h x w latent pixels, n tokens a frame, L = F * n tokens,
+H heads, D head dim, S text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastar.attention.context import Attend
+from fastar.attention.rope import RotaryEmbedding
+from fastar.backbones.wan.config import WanConfig
+from fastar.backbones.wan.layers import WanBlock, WanHead
+
+
+class CausalWanTransformer(nn.Module):
+    """Velocity field over latent frames, each frame at its own noise level and with its own action."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = RotaryEmbedding(config.head_dim, config.rope_theta)
+        dim = config.dim
+        # A Conv3d for the checkpoints' weight shape; as kernel = stride, it is applied as a matrix product.
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels,
+            dim,
+            kernel_size=(1, config.patch, config.patch),
+            stride=(1, config.patch, config.patch),
+        )
+        if config.text_dim is not None:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.num_actions is not None:
+            self.action_embedding = nn.Embedding(config.num_actions, dim)
+        self.blocks = nn.ModuleList(WanBlock(config, layer) for layer in range(config.num_layers))
+        self.head = WanHead(config)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Start for training: Xavier linears, normal(0.02) time and text, zero actions and head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv3d) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        embeddings = [self.time_embedding, self.time_projection]
+        if self.config.text_dim is not None:
+            embeddings.append(self.text_embedding)
+        for embedding in embeddings:
+            for module in embedding:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        if self.config.num_actions is not None:
+            nn.init.zeros_(self.action_embedding.weight)
+        nn.init.zeros_(self.head.head.weight)
+
+    def grid_of(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens in one frame of `latents` [..., h, w]."""
+        height, width = latents.shape[-2:]
+        patch = self.config.patch
+        if height % patch or width % patch:
+            raise ValueError(
+                f"Latent frames of {height}x{width} do not divide into {patch}x{patch} patches; resize."
+            )
+        return height // patch, width // patch
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        *,
+        attend: Attend,
+        actions: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (noise - clean) [B, F, out_channels, h, w] of `latents` [B, F, in_channels, h, w].
+
+        `timesteps` [B, F] are noise levels, 0 (clean) to 1000 (noise), one per frame; `actions` [B, F] int64
+        is what led to each frame; `text` [B, S, text_dim] are the prompt's token embeddings. Raises
+        ValueError on shapes that do not fit, and when an input the config asks for is missing or one it has
+        no use for is given.
+        """
+        self._check(latents, timesteps, actions, text)
+        grid = self.grid_of(latents)
+        e = self._embed_time(timesteps, actions)
+        modulation = self._project_time(e)
+        tokens = self._patchify(latents, grid)
+        if text is not None:
+            text = self._embed_text(text)
+        for block in self.blocks:
+            tokens = block(tokens, modulation, text, attend)
+        return self._unpatchify(self.head(tokens, e), grid)
+
+    def _check(self, latents: Tensor, timesteps: Tensor, actions: Tensor | None, text: Tensor | None) -> None:
+        config = self.config
+        if latents.dim() != 5 or latents.shape[2] != config.in_channels:
+            raise ValueError(
+                f"latents must be [batch, frames, {config.in_channels}, h, w], got {tuple(latents.shape)}."
+            )
+        if timesteps.shape != latents.shape[:2]:
+            raise ValueError(
+                f"timesteps must be one per frame, {tuple(latents.shape[:2])}, got {tuple(timesteps.shape)}."
+            )
+        if (actions is None) != (config.num_actions is None):
+            raise ValueError(
+                f"Pass actions exactly when the backbone has them: num_actions is {config.num_actions}."
+            )
+        if actions is not None and actions.shape != latents.shape[:2]:
+            raise ValueError(
+                f"actions must be one per frame, {tuple(latents.shape[:2])}, got {tuple(actions.shape)}."
+            )
+        if (text is None) != (config.text_dim is None):
+            raise ValueError(f"Pass text exactly when the backbone reads it: text_dim is {config.text_dim}.")
+        if text is not None and (text.dim() != 3 or text.shape[-1] != config.text_dim):
+            raise ValueError(f"text must be [batch, tokens, {config.text_dim}], got {tuple(text.shape)}.")
+
+    def _embed_time(self, timesteps: Tensor, actions: Tensor | None) -> Tensor:
+        """Embedding of each frame's noise level, plus that of its action: [B, F] -> [B, F, dim]."""
+        with torch.autocast(timesteps.device.type, enabled=False):
+            waves = sinusoid(timesteps, self.config.freq_dim)
+            e = self.time_embedding(waves.to(self.patch_embedding.weight.dtype))
+            return e if actions is None else e + self.action_embedding(actions)
+
+    def _project_time(self, e: Tensor) -> Tensor:
+        with torch.autocast(e.device.type, enabled=False):
+            return self.time_projection(e).unflatten(-1, (6, -1))
+
+    def _embed_text(self, text: Tensor) -> Tensor:
+        text_len = self.config.text_len
+        if text_len is not None:
+            if text.shape[1] > text_len:
+                raise ValueError(
+                    f"The prompt has {text.shape[1]} tokens and the backbone reads {text_len}; truncate it."
+                )
+            text = F.pad(text, (0, 0, 0, text_len - text.shape[1]))
+        return self.text_embedding(text.to(self.patch_embedding.weight.dtype))
+
+    def _patchify(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, F, C, h, w] -> [B, L, dim]."""
+        p = self.config.patch
+        patches = latents.unflatten(-1, (grid[1], p)).unflatten(-3, (grid[0], p))  # B F C rows p columns p
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        weight = self.patch_embedding.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, L, p * p * C] -> [B, F, C, h, w]."""
+        p = self.config.patch
+        patches = patches.unflatten(-1, (p, p, -1)).unflatten(1, (-1, *grid))  # B F rows columns p p C
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+    """Cosines, then sines, of `timesteps` [...] at dim/2 frequencies 10000^(-2i/dim): float64 [..., dim]."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
+    angles = timesteps.to(torch.float64).unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,116 @@
+"""Which slots merge: partners, the cheapest merges, and partners again (the plan of `TempCache`, no storage in sight).
+
+Legend as in `fastar.cache.merge`: N problems, M slots oldest first, F features; `partner` int64 [N, M] is the newer
+slot that a slot would merge into at least cost, or -1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastar.ann.base import Matcher
+from fastar.ann.similarity import squared_distance
+from fastar.cache.merge import (
+    Weighting,
+    cheapest,
+    find_roots,
+    group_mean,
+    merge_cost,
+    pair_weight,
+    rows_of,
+    segment_sum,
+)
+
+
+@dataclass
+class Candidates:
+    """Slots that may merge: features z [N, M, F], of which the first `key_width` speak of keys; counts and partners."""
+
+    features: Tensor
+    count: Tensor  # float [N, M]
+    partner: Tensor
+    key_width: int
+
+
+def match(
+    slots: Candidates, known: int, frame: int, matcher: Matcher, weighting: Weighting
+) -> tuple[Tensor, Tensor]:
+    """Best newer partner and its cost, both [N, M], now that the slots from index `known` on have entered.
+
+    Slots entered in frames of `frame` tokens; a slot is matched to later frames only, never within its own.
+    """
+    features, count, size = slots.features, slots.count, slots.features.shape[1]
+    partner = torch.where(slots.partner < known, slots.partner, -1)  # others pointed at frames dropped since
+    cost = merge_cost(features, count, partner, weighting)
+    # older slots against all that entered, then what entered against its later frames
+    blocks = [(0, known, known, size)] if known else []
+    blocks += [(known, low, low, low + frame) for low in range(known + frame, size, frame)]
+    for first, last, low, high in blocks:
+        found, _ = matcher.nearest(features[:, first:last], features[:, low:high], metric="euclidean")
+        found = torch.where(found < 0, -1, found + low)
+        found_cost = merge_cost(features, count, found, weighting, first)
+        better = found_cost < cost[:, first:last]
+        partner[:, first:last] = torch.where(better, found, partner[:, first:last])
+        cost[:, first:last] = torch.where(better, found_cost, cost[:, first:last])
+    return partner, cost
+
+
+def choose(
+    slots: Candidates, cost: Tensor, surplus: int, rounds: int, weighting: Weighting, *, keep_last_key: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pick `surplus` merges of least cost in `rounds` steps, costs brought up to date between them.
+
+    Args:
+        slots: with their partners.
+        cost: of merging into the partner, [N, M].
+        keep_last_key: whether a merged slot keeps the key features of its newest member or gets their mean.
+
+    Returns:
+        root: int64 [N, M], the slot each one ends in. gone: bool [N, M], exactly `surplus` a row, slots that ended in
+        another one, or were dropped for want of a partner. partner: moved along to the roots.
+    """
+    features, count, partner = slots.features, slots.count, slots.partner
+    own = torch.arange(count.shape[1], device=count.device).expand_as(partner)
+    root, gone = own, torch.zeros_like(partner, dtype=torch.bool)
+    done = [surplus * step // rounds for step in range(rounds + 1)]
+    for number in (after - before for before, after in pairwise(done)):
+        # A slot that no search found a partner for costs inf: it is dropped, oldest first, if merges run out.
+        chosen = cheapest(cost.masked_fill(gone, torch.nan), number)  # nan sorts behind inf
+        step = find_roots(torch.where(chosen & (partner >= 0), partner, own))
+        root, gone = step.gather(1, root), gone | chosen
+        partner = torch.where(partner < 0, -1, step.gather(1, partner.clamp_min(0)))
+        if rounds > 1:
+            mean = group_mean(features, step, count)
+            kept = slots.key_width if keep_last_key else 0
+            features = torch.cat([features[..., :kept], mean[..., kept:]], -1)
+            count = segment_sum(count[..., None], step)[..., 0]
+            cost = merge_cost(features, count, partner, weighting)
+    return root, gone, partner
+
+
+def renew(slots: Candidates, before: Tensor, number: int, frame: int, weighting: Weighting) -> Tensor:
+    """Search the best newer partner anew, exactly, for the `number` slots whose partner became dearest.
+
+    Args:
+        slots: after the merges.
+        before: cost [N, M] of each slot's partner before them.
+        number: slots a problem.
+        frame: tokens of the newest frame, which has no newer partner.
+
+    Returns:
+        partner [N, M].
+    """
+    features, count, partner = slots.features, slots.count, slots.partner
+    worse = torch.where(partner < 0, torch.inf, merge_cost(features, count, partner, weighting) - before)
+    worse[:, -frame:] = -torch.inf
+    rows = worse.argsort(dim=1, descending=True, stable=True)[:, :number]
+    cost = squared_distance(rows_of(features, rows), features)
+    if weighting != "none":
+        cost = cost * pair_weight(count.gather(1, rows)[..., None], count[:, None], weighting)
+    newer = torch.arange(count.shape[1], device=count.device) > rows[..., None]
+    best = cost.masked_fill(~newer, torch.inf).min(-1)
+    return partner.scatter(1, rows, torch.where(best.values == torch.inf, -1, best.indices))

@@ -1,0 +1,147 @@
+"""What every cache policy is: staged keys go in at a commit, one view a layer comes out.
+
+Legend: B batch, H heads, S slots, L tokens of a commit, D head dim; tensors are [B, H, S, D].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastar.attention.rope import RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Sizes of the attention calls a cache will serve.
+
+    `chunk_frames` is how many frames are compressed at a time: longer commits (a prefill) are taken in such blocks, so
+    that filling a cache at once equals filling it chunk by chunk, and a budget must hold at least one.
+    """
+
+    num_layers: int
+    batch: int
+    num_heads: int
+    head_dim: int
+    tokens_per_frame: int
+    rope: RotaryEmbedding
+    compute_dtype: torch.dtype
+    device: torch.device
+    chunk_frames: int = 4
+
+    @property
+    def dense_frame_bytes(self) -> int:
+        """Bytes of one latent frame in a dense bfloat16 cache, keys and values of all layers: the unit of budgets."""
+        return 2 * 2 * self.num_layers * self.batch * self.num_heads * self.head_dim * self.tokens_per_frame
+
+
+@dataclass
+class Staged:
+    """One layer's tokens of a committing pass: q_raw, k_raw (before RoPE), k (roped), v, all [B, H, L, D].
+
+    positions: int64 [L, 3], (frame, row, column).
+    """
+
+    q_raw: Tensor
+    k_raw: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+@dataclass
+class CacheView:
+    """What attention reads of a layer's past, valid until the next commit.
+
+    Attributes:
+        k, v: [B, H, S, D] in the compute dtype, k roped. S may be 0.
+        log_count: float32 [B, H, S], the logarithm of the tokens a slot stands for, -inf for an empty slot; None if
+            every slot is one token.
+        positions: int64 [B, H, S, 3], (frame, row, column) that the key is roped to; None if S is 0.
+    """
+
+    k: Tensor
+    v: Tensor
+    log_count: Tensor | None
+    positions: Tensor | None
+
+
+class CachePolicy(ABC):
+    """What is kept of the past. One instance serves one rollout: configure, `bind`, then passes.
+
+    A committing pass stages every layer and then commits once: all layers change together or, on an error, none. The
+    chunk being generated is no part of the cache or its budget; it is the same for all policies.
+    """
+
+    def __init__(self) -> None:
+        self._spec: CacheSpec | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the sizes are known and memory is allocated."""
+        return self._spec is not None
+
+    @property
+    def spec(self) -> CacheSpec:
+        """Sizes given to `bind`."""
+        if self._spec is None:
+            raise ValueError("the cache has no sizes yet: call bind(spec) first")
+        return self._spec
+
+    def bind(self, spec: CacheSpec) -> None:
+        """Learn the sizes and allocate; ValueError if the budget cannot hold what the policy promises to keep."""
+        if self._spec is not None:
+            raise ValueError("this cache already serves a rollout: create a new one for the next")
+        self._spec = spec
+
+    @abstractmethod
+    def view(self, layer: int) -> CacheView:
+        """The layer's past, up-cast or dequantised; the caller keeps it between commits if it needs it again."""
+
+    @abstractmethod
+    def stage(self, layer: int, staged: Staged) -> None:
+        """Hand in a layer's tokens; nothing changes before `commit`."""
+
+    @abstractmethod
+    def commit(self, first_frame: int, num_frames: int) -> None:
+        """Take in what all layers staged: frames [first_frame, first_frame + num_frames)."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget what is staged."""
+
+    @abstractmethod
+    def bytes_used(self) -> int:
+        """Bytes of everything that survives a commit: keys, values, scales, counts, positions, statistics."""
+
+    @abstractmethod
+    def slots_used(self) -> int:
+        """Slots that attention reads, per head, averaged over layers, batch and heads and rounded up."""
+
+    @abstractmethod
+    def capacity_bytes(self) -> int | None:
+        """The most that `bytes_used` can become; None if it grows without bound."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides later results (staged tokens are not part of it), as copies."""
+
+    @abstractmethod
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue bit for bit from a `state_dict()` of a policy with the same configuration and sizes."""
+
+    def drop_from(self, first_frame: int) -> None:
+        """Forget frames from `first_frame` on, so that they can be committed again; ValueError if they cannot."""
+        raise ValueError(
+            f"{type(self).__name__} cannot rewrite frames it has taken in (from frame {first_frame})"
+        )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

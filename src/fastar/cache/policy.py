@@ -1,0 +1,300 @@
+"""Policies that keep tokens in slots: staging, atomic commits, views, bytes and saved state, once for all of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.slots import (
+    DTYPES,
+    MAX_FRAME,
+    MAX_SIDE,
+    SlotFormat,
+    Slots,
+    pack_positions,
+    unpack_positions,
+)
+
+
+class SlotOptions(TypedDict, total=False):
+    """Keyword arguments of `SlotPolicy`."""
+
+    slot_bits: int
+    storage: str
+    quant_group: int | None
+
+
+class SlotPolicy(CachePolicy):
+    """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
+
+    Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
+
+    Args:
+        slot_bits: 16, or 8 and 4 for codes that are really packed in memory (see `SlotFormat`).
+        storage: dtype of 16-bit slots: bfloat16, float16, or float32 where exactness is to be tested.
+        quant_group: numbers that share a scale in 8- and 4-bit slots; None means a whole head.
+    """
+
+    def __init__(
+        self, *, slot_bits: int = 16, storage: str = "bfloat16", quant_group: int | None = None
+    ) -> None:
+        super().__init__()
+        if storage not in DTYPES:
+            raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(DTYPES)}")
+        self._format = SlotFormat(slot_bits, DTYPES[storage], quant_group or 64)
+        self._quant_group = quant_group
+        self._buffers: list[Slots] = []
+        self._extras: list[dict[str, Tensor]] = []
+        self._staged: dict[int, Staged] = {}
+        self.filled = 0  # slots in use, the same in all layers and heads
+        self.first_frame = 0  # the rollout's first frame, an absolute index
+        self.next_frame = 0  # frames before this one have been committed
+        self.exact_from = 0  # frames from this one on are kept verbatim, as the newest slots
+
+    # -- what a policy says about itself -------------------------------------------------------------------------
+
+    @abstractmethod
+    def absorb(
+        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
+    ) -> Slots:
+        """What to keep of `slots`, whose last `arrived` are new. May replace entries of `extras`, a fresh dict."""
+
+    def capacity_slots(self) -> int | None:
+        """Slots a layer and head may hold; None if unbounded."""
+        return None
+
+    def verbatim_slots(self) -> int:
+        """How many of the newest slots stay as they came once the cache is full."""
+        return 0
+
+    def metadata_shape(self) -> tuple[int, int]:
+        """Leading sizes (batch, heads) of metadata; 1 where it is shared."""
+        return (1, 1)
+
+    def metadata(self, shape: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
+        """Further tensors of newly arrived slots, each `shape` = (*metadata_shape, slots)."""
+        return {}
+
+    def new_extras(self) -> dict[str, Tensor]:
+        """Tensors of fixed size that a layer keeps besides its slots."""
+        return {}
+
+    # -- the life of a cache -------------------------------------------------------------------------------------
+
+    def bind(self, spec: CacheSpec) -> None:
+        if self._quant_group is None:
+            self._format = SlotFormat(self._format.bits, self._format.dtype, spec.head_dim)
+        self._format.check(spec.head_dim)
+        super().bind(spec)
+        try:
+            capacity = self.capacity_slots()
+        except ValueError:
+            self._spec = None
+            raise
+        empty = self._encode_empty()
+        self._buffers = [empty.empty(capacity or 0) for _ in range(spec.num_layers)]
+        self._extras = [self.new_extras() for _ in range(spec.num_layers)]
+
+    def stage(self, layer: int, staged: Staged) -> None:
+        spec = self.spec
+        if not 0 <= layer < spec.num_layers:
+            raise ValueError(f"layer {layer} is outside this cache's {spec.num_layers} layers")
+        tokens = staged.k.shape[2] if staged.k.dim() == 4 else -1
+        expected = (spec.batch, spec.num_heads, tokens, spec.head_dim)
+        for name in ("q_raw", "k_raw", "k", "v"):
+            shape = tuple(getattr(staged, name).shape)
+            if shape != expected:
+                raise ValueError(
+                    f"staged {name} must be {expected} (batch, heads, tokens, head dim), got {shape}"
+                )
+        if tuple(staged.positions.shape) != (tokens, 3):
+            raise ValueError(f"staged positions must be ({tokens}, 3), got {tuple(staged.positions.shape)}")
+        self._staged[layer] = staged
+
+    def discard(self) -> None:
+        self._staged.clear()
+
+    @torch.no_grad()
+    def commit(self, first_frame: int, num_frames: int) -> None:
+        self._check_commit(first_frame, num_frames)
+        offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
+        self.filled = self._take_in()
+        self.next_frame = first_frame + num_frames
+        if capacity is not None and offered > capacity:
+            verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
+            self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
+        self._staged.clear()
+
+    def view(self, layer: int) -> CacheView:
+        spec, slots = self.spec, self._buffers[layer].narrow(0, self.filled)
+        k, v = (self._format.unpack(name, slots.fields, spec.compute_dtype) for name in ("key", "value"))
+        if not self.filled:
+            return CacheView(k, v, None, None)
+        positions = unpack_positions(slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
+        return CacheView(k, v, self._log_count(slots), positions)
+
+    def drop_from(self, first_frame: int) -> None:
+        if first_frame >= self.next_frame:
+            return
+        if first_frame < self.exact_from:
+            raise ValueError(
+                f"frames {first_frame} to {self.next_frame - 1} cannot be rewritten: of them, those before frame "
+                f"{self.exact_from} have been merged or evicted already; rewrite fewer frames or keep more recent ones"
+            )
+        removed = (self.next_frame - first_frame) * self.spec.tokens_per_frame
+        self.filled = max(0, self.filled - removed)
+        self.next_frame = first_frame
+        self._staged.clear()
+
+    # -- accounting and saved state ------------------------------------------------------------------------------
+
+    def bytes_used(self) -> int:
+        slots = sum(buffer.narrow(0, self.filled).nbytes for buffer in self._buffers)
+        return slots + len(self._buffers) * self.extras_bytes()
+
+    def slots_used(self) -> int:
+        return self.filled
+
+    def capacity_bytes(self) -> int | None:
+        capacity = self.capacity_slots()
+        if capacity is None:
+            return None
+        return self.spec.num_layers * (capacity * self.slot_bytes() + self.extras_bytes())
+
+    def working_bytes(self) -> int:
+        """Bytes allocated beyond `bytes_used`: slots reserved and not yet filled."""
+        return sum(buffer.narrow(self.filled, buffer.size).nbytes for buffer in self._buffers)
+
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of one layer in all batch elements and heads, metadata included."""
+        return self._encode_empty().nbytes
+
+    def extras_bytes(self) -> int:
+        """Bytes of a layer's `extras`."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.new_extras().values())
+
+    def state_dict(self) -> dict[str, Any]:
+        saved: dict[str, Any] = {name: getattr(self, name) for name in self._counters()}
+        for layer, (buffer, extras) in enumerate(zip(self._buffers, self._extras, strict=True)):
+            for name, tensor in buffer.narrow(0, self.filled).fields.items():
+                saved[f"layers.{layer}.slots.{name}"] = tensor.clone()
+            for name, tensor in extras.items():
+                saved[f"layers.{layer}.extras.{name}"] = tensor.clone()
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        kinds = {"slots": self._encode_empty().fields, "extras": self.new_extras()}
+        slots, extras = [], []
+        for layer in range(self.spec.num_layers):
+            read = {
+                kind: {
+                    name: saved_tensor(saved, f"layers.{layer}.{kind}.{name}", like)
+                    for name, like in fields.items()
+                }
+                for kind, fields in kinds.items()
+            }
+            slots.append(Slots(read["slots"]))
+            extras.append({name: tensor.clone() for name, tensor in read["extras"].items()})
+        capacity = self.capacity_slots()
+        if capacity is not None and slots[0].size > capacity:
+            raise ValueError(
+                f"the saved cache has {slots[0].size} slots, but this one's budget holds {capacity}"
+            )
+        counters = {name: saved[name] for name in self._counters()}
+        self._store(list(zip(slots, extras, strict=True)))
+        for name, value in counters.items():
+            setattr(self, name, value)
+        self._staged.clear()
+
+    def _counters(self) -> tuple[str, ...]:
+        """Plain numbers that belong to the saved state."""
+        return ("filled", "first_frame", "next_frame", "exact_from")
+
+    # -- internals -----------------------------------------------------------------------------------------------
+
+    def _check_commit(self, first_frame: int, num_frames: int) -> None:
+        spec = self.spec
+        missing = [layer for layer in range(spec.num_layers) if layer not in self._staged]
+        if missing:
+            raise ValueError(f"commit needs every layer staged; missing: {missing}")
+        if num_frames < 1 or (self.next_frame and first_frame != self.next_frame):
+            raise ValueError(
+                f"cannot commit {num_frames} frames from frame {first_frame}: the next one is {self.next_frame} "
+                "(call drop_from first to commit frames again)"
+            )
+        tokens = num_frames * spec.tokens_per_frame
+        for layer, staged in self._staged.items():
+            if staged.k.shape[2] != tokens:
+                raise ValueError(
+                    f"layer {layer} staged {staged.k.shape[2]} tokens, but {num_frames} frames have {tokens}"
+                )
+        if first_frame + num_frames > MAX_FRAME or spec.tokens_per_frame > MAX_SIDE**2:
+            raise ValueError(
+                f"positions hold frames below {MAX_FRAME} of at most {MAX_SIDE} x {MAX_SIDE} tokens"
+            )
+        if self.next_frame == 0:  # once a rollout, since it waits for the device
+            last = self._staged[0].positions.amax(0).tolist()
+            if last[0] != first_frame + num_frames - 1 or max(last[1:]) >= MAX_SIDE:
+                raise ValueError(
+                    f"staged positions end at {last}, but the commit ends at frame {first_frame + num_frames - 1} "
+                    f"and rows and columns must stay below {MAX_SIDE}"
+                )
+            self.first_frame = self.exact_from = first_frame
+
+    def _take_in(self) -> int:
+        """Absorb what is staged in all layers, then make it current; the number of slots now filled."""
+        results = [self._commit_layer(layer) for layer in range(self.spec.num_layers)]
+        self._store(results)
+        return results[0][0].size
+
+    def _commit_layer(self, layer: int) -> tuple[Slots, dict[str, Tensor]]:
+        slots, extras = self._buffers[layer].narrow(0, self.filled), dict(self._extras[layer])
+        for block in self._blocks(self._staged[layer]):
+            arrived = block.k.shape[2]
+            slots = self.absorb(layer, Slots.cat(slots, self._encode(block)), arrived, block, extras)
+        return slots, extras
+
+    def _blocks(self, staged: Staged) -> Iterator[Staged]:
+        """The staged tokens in blocks of at most `chunk_frames` frames."""
+        step = self.spec.chunk_frames * self.spec.tokens_per_frame
+        for start in range(0, staged.k.shape[2], step):
+            part = slice(start, start + step)
+            q_raw, k_raw, k, v = (x[:, :, part] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
+            yield Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions[part])
+
+    def _encode(self, staged: Staged) -> Slots:
+        """Newly arrived tokens as slots."""
+        shape = (*self.metadata_shape(), staged.k.shape[2])
+        position = pack_positions(staged.positions).expand(shape)
+        packed = {**self._format.pack("key", staged.k), **self._format.pack("value", staged.v)}
+        return Slots({**packed, "position": position, **self.metadata(shape, staged.k.device)})
+
+    def _encode_empty(self) -> Slots:
+        """One slot of this policy's kind, holding zeros: a template for sizes."""
+        spec = self.spec
+        zero = torch.zeros(spec.batch, spec.num_heads, 1, spec.head_dim, device=spec.device)
+        positions = torch.zeros(1, 3, dtype=torch.long, device=spec.device)
+        return self._encode(Staged(zero, zero, zero, zero, positions))
+
+    def _store(self, results: list[tuple[Slots, dict[str, Tensor]]]) -> None:
+        """Make the computed state of all layers the current one. Buffers that suffice are kept, at their address."""
+        self._reserve(results[0][0].size, keep=0)
+        for layer, (slots, extras) in enumerate(results):
+            self._buffers[layer].write(0, slots)
+            self._extras[layer] = extras
+
+    def _reserve(self, size: int, keep: int) -> None:
+        """Have room for `size` slots in all layers; a growing buffer doubles and takes its first `keep` slots along."""
+        if size > self._buffers[0].size:
+            grown = [buffer.empty(max(size, 2 * buffer.size)) for buffer in self._buffers]
+            for new, old in zip(grown, self._buffers, strict=True):
+                new.write(0, old.narrow(0, keep))
+            self._buffers = grown
+
+    def _log_count(self, slots: Slots) -> Tensor | None:
+        return None

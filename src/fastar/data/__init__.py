@@ -1,0 +1,1 @@
+"""Simulators, prompts and video input and output."""

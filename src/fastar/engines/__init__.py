@@ -1,0 +1,99 @@
+"""How attention is executed: one function, `attend`, in front of interchangeable engines.
+
+Every engine computes softmax(q k^T / sqrt(D) + log_count) v over the pairs that a block plan names, and is
+tested against `reference`, the plain fp32 definition. Nothing falls back: an engine that cannot execute a
+call says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastar.engines.plan import WILDCARD, BlockPlan
+from fastar.engines.registry import AttentionCall, Engine, get, names, resolve
+
+__all__ = [
+    "WILDCARD",
+    "AttentionCall",
+    "BlockPlan",
+    "Engine",
+    "EngineChoice",
+    "attend",
+    "get",
+    "names",
+    "resolve",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice:
+    """A configured engine: `name` is `auto` or one of `names()`."""
+
+    name: str = "auto"
+
+    def resolve(self, device: torch.device | str) -> str:
+        """The engine's name on `device`; see `fastar.engines.resolve`."""
+        return resolve(self.name, device)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_count: Tensor | None = None,
+    plan: BlockPlan | None = None,
+    engine: str = "auto",
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of q over k and v, softmax scale 1/sqrt(D).
+
+    Args:
+        q: [B, H, Lq, D]. k: [B, H, Lk, D]. v: [B, H, Lk, Dv]; one dtype and device.
+        log_count: logarithm of the number of tokens each key stands for, broadcastable to [B, H, Lk]; added
+            to its logits (paper section 3, TempCache lemma). -inf marks an empty slot, which is never
+            attended.
+        plan: block pairs to execute; None means all.
+        engine: `auto` or an engine's name; resolve it once per rollout and pass the result.
+        return_lse: also return the natural log-sum-exp of each query's logits.
+
+    Returns:
+        out [B, H, Lq, Dv] in q's dtype, and lse [B, H, Lq] float32 (None unless asked for). A query without
+        any key to attend to gets zeros and lse -inf.
+
+    Raises:
+        ValueError: on shapes that do not fit, an unknown engine, or an engine that cannot execute the call.
+    """
+    call = AttentionCall(q, k, v, _check_inputs(q, k, v, log_count, plan), plan, return_lse)
+    chosen = get(resolve(engine, q.device))
+    reason = chosen.unfit_for(call)
+    if reason is not None:
+        raise ValueError(f"attention engine '{chosen.name}' cannot execute this call: {reason}")
+    return chosen.run(call)
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, log_count: Tensor | None, plan: BlockPlan | None
+) -> Tensor | None:
+    """Validate shapes and dtypes; returns log_count as [B, H, Lk] float32, or None."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"attention takes tensors of shape [batch, heads, tokens, head dim], got {shapes}")
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention inputs must agree in batch, heads, keys and head dim, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention inputs must have one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if plan is not None and (plan.num_queries, plan.num_keys) != (q.shape[2], k.shape[2]):
+        raise ValueError(f"a plan for {plan.num_queries} queries, {plan.num_keys} keys does not fit {shapes}")
+    if log_count is None:
+        return None
+    try:
+        return log_count.to(torch.float32).expand(k.shape[:3])
+    except RuntimeError as error:
+        raise ValueError(
+            f"log_count {tuple(log_count.shape)} does not broadcast to "
+            f"[batch, heads, keys] = {tuple(k.shape[:3])}"
+        ) from error

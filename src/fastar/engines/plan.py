@@ -1,0 +1,122 @@
+"""Block plans: which blocks of keys each block of queries reads, in a form every engine executes.
+
+A plan first puts queries and keys into an order (tokens of one bucket next to each other), then cuts both
+orders into blocks and says which block pairs are executed. Everything lives on the device of the tensors it
+plans for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WILDCARD = -1
+"""Tag of a token that is in every bucket: it reads, and is read by, tokens of any tag."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Executed block pairs of one attention call, per batch entry and head.
+
+    Attributes:
+        query_order: [B, H, Lq] int64 permutation; entry i is the original index of the i-th query in plan
+            order.
+        key_order: [B, H, Lk] int64 permutation, likewise. Empty slots, if any, come last.
+        block_q, block_k: tokens per block; the last block of either axis may be shorter.
+        block_mask: [B, H, ceil(Lq / block_q), ceil(Lk / block_k)] bool, True where a block pair is executed.
+        live_keys: [B, H] number of keys that are not empty slots, or None if all are live.
+        max_blocks: host-side upper bound on the key blocks of any query block, or None if unknown. With it
+            the gather engines need no device-to-host copy to size their buffers.
+        query_tags, key_tags: [B, H, Lq] and [B, H, Lk] int64 in original order, both or neither. Inside
+            executed blocks a pair is attended only if its tags are equal or one is `WILDCARD`. The work done
+            is still that of whole blocks.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+    """
+
+    query_order: Tensor
+    key_order: Tensor
+    block_q: int
+    block_k: int
+    block_mask: Tensor
+    live_keys: Tensor | None = None
+    max_blocks: int | None = None
+    query_tags: Tensor | None = None
+    key_tags: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_q < 1 or self.block_k < 1:
+            raise ValueError(f"block sizes must be at least 1, got {self.block_q} and {self.block_k}")
+        blocks = (-(-self.num_queries // self.block_q), -(-self.num_keys // self.block_k))
+        expected = (*self.query_order.shape[:2], *blocks)
+        if self.key_order.shape[:2] != self.query_order.shape[:2] or tuple(self.block_mask.shape) != expected:
+            raise ValueError(
+                f"a plan of {tuple(self.query_order.shape)} queries in blocks of {self.block_q} and "
+                f"{tuple(self.key_order.shape)} keys in blocks of {self.block_k} needs a block mask of "
+                f"{expected}, got {tuple(self.block_mask.shape)}"
+            )
+        if (self.query_tags is None) != (self.key_tags is None):
+            raise ValueError("a plan takes query_tags and key_tags together: give both or neither")
+
+    @property
+    def num_queries(self) -> int:
+        return self.query_order.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.key_order.shape[2]
+
+    def executed_pairs(self) -> Tensor:
+        """Query-key pairs in the executed blocks, [B, H] int64; empty slots and padding do not count."""
+        rows = _block_sizes(self.block_mask.shape[2], self.block_q, self._full_length(self.num_queries))
+        columns = _block_sizes(self.block_mask.shape[3], self.block_k, self._live_length())
+        per_row = (self.block_mask * columns[:, :, None, :]).sum(-1)
+        return (per_row * rows).sum(-1)
+
+    def dense_pairs(self) -> Tensor:
+        """Pairs that dense attention executes on the same live keys, [B, H] int64."""
+        return self._live_length() * self.num_queries
+
+    def density(self) -> Tensor:
+        """Executed pairs / dense pairs, [B, H] float32."""
+        return self.executed_pairs() / self.dense_pairs().clamp(min=1)
+
+    def token_mask(self) -> Tensor:
+        """Attended pairs in original order, [B, H, Lq, Lk] bool; quadratic, for definitions and tests."""
+        mask = self.block_mask.repeat_interleave(self.block_q, dim=2).repeat_interleave(self.block_k, dim=3)
+        mask = mask[:, :, : self.num_queries, : self.num_keys]
+        if self.live_keys is not None:
+            place = torch.arange(self.num_keys, device=mask.device)
+            mask = mask & (place < self.live_keys[..., None, None])
+        rows = inverse_order(self.query_order)[..., :, None].expand_as(mask)
+        columns = inverse_order(self.key_order)[..., None, :].expand_as(mask)
+        mask = mask.gather(2, rows).gather(3, columns)
+        if self.query_tags is not None and self.key_tags is not None:
+            mask = mask & share_tag(self.query_tags[..., :, None], self.key_tags[..., None, :])
+        return mask
+
+    def _full_length(self, length: int) -> Tensor:
+        return torch.full(self.query_order.shape[:2], length, device=self.query_order.device)
+
+    def _live_length(self) -> Tensor:
+        return self._full_length(self.num_keys) if self.live_keys is None else self.live_keys
+
+
+def share_tag(queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether tokens may see each other: equal tags, or either is `WILDCARD`. Broadcasts its arguments."""
+    return (queries == keys) | (queries == WILDCARD) | (keys == WILDCARD)
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """Inverse of permutations along the last dimension."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _block_sizes(blocks: int, size: int, length: Tensor) -> Tensor:
+    """Tokens in each of `blocks` blocks of `size` if only the first `length` exist: [B, H, blocks]."""
+    starts = torch.arange(blocks, device=length.device) * size
+    return (length[..., None] - starts).clamp(0, size)

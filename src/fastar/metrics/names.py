@@ -1,0 +1,71 @@
+"""The metrics a run may log: unit, better direction, meaning. One vocabulary for store, tables and plots."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """Unit ("" for a pure number), better direction ("" if neither), decimals in tables, meaning."""
+
+    unit: str
+    better: Literal["higher", "lower", ""]
+    decimals: int
+    meaning: str
+
+
+METRICS: dict[str, MetricInfo] = {
+    # fidelity: the same seed against dense, or against the truth
+    "psnr": MetricInfo("dB", "higher", 2, "peak signal-to-noise ratio to the reference, mean over frames"),
+    "ssim": MetricInfo("", "higher", 4, "structural similarity to the reference, mean over frames"),
+    "vmaf": MetricInfo("", "higher", 1, "VMAF (0-100) to the reference, mean over frames"),
+    "revisit_psnr": MetricInfo(
+        "dB", "higher", 2, "PSNR to the simulator's truth on returning pixels, pooled per clip"
+    ),
+    "frechet": MetricInfo("", "lower", 2, "Frechet distance of image features, generated to real"),
+    "turn_agreement": MetricInfo("", "higher", 3, "share of turns whose optical flow has the right sign"),
+    # attention
+    "recall": MetricInfo("", "higher", 4, "sum of min(dense, method) attention per token, mean over queries"),
+    "output_error": MetricInfo("", "lower", 4, "relative error of the attention output"),
+    "density": MetricInfo("", "lower", 4, "executed query-key pairs / pairs of unbounded dense, same chunk"),
+    "slot_share": MetricInfo("", "lower", 4, "cache slots / slots of unbounded dense"),
+    "byte_share": MetricInfo("", "lower", 4, "cache bytes / bytes of an unbounded dense bfloat16 cache"),
+    # memory
+    "cache_bytes": MetricInfo(
+        "B", "lower", 1, "everything the cache keeps: keys, values, scales, counts, positions"
+    ),
+    "cache_slots": MetricInfo("", "lower", 0, "slots the cache uses, per head"),
+    "peak_allocated": MetricInfo(
+        "B", "lower", 1, "peak memory: allocated on the GPU, or resident set of the process"
+    ),
+    "peak_reserved": MetricInfo("B", "lower", 1, "peak memory the GPU allocator reserved"),
+    # speed
+    "denoise_s": MetricInfo("s", "lower", 4, "time of a chunk's denoise passes"),
+    "commit_s": MetricInfo("s", "lower", 4, "time of a chunk's commit pass"),
+    "decode_s": MetricInfo("s", "lower", 4, "time of decoding a chunk"),
+    "chunk_s": MetricInfo("s", "lower", 4, "wall time of a chunk, end to end"),
+    "fps_denoise": MetricInfo("1/s", "higher", 2, "video frames per second, denoise passes only"),
+    "fps_commit": MetricInfo("1/s", "higher", 2, "video frames per second, denoise + commit"),
+    "fps_decode": MetricInfo("1/s", "higher", 2, "video frames per second, denoise + commit + decode"),
+    "fps": MetricInfo("1/s", "higher", 2, "video frames per second, end to end"),
+    "latency_p50": MetricInfo("s", "lower", 4, "median wall time of a chunk"),
+    "latency_p99": MetricInfo("s", "lower", 4, "99th percentile of a chunk's wall time"),
+}
+
+
+def unit_of(metric: str) -> str:
+    """Unit of a metric; "" if the name is not in `METRICS`. `name/qualifier` has the unit of `name`."""
+    info = METRICS.get(metric.split("/")[0])
+    return info.unit if info else ""
+
+
+def decimals_of(metric: str) -> int:
+    """Decimals to print; 3 for an unknown name."""
+    info = METRICS.get(metric.split("/")[0])
+    return info.decimals if info else 3
+
+
+def shown_as(metric: str) -> tuple[float, str]:
+    """Divisor and unit for people: bytes are stored as bytes and shown as MiB."""
+    unit = unit_of(metric)
+    return (2.0**20, "MiB") if unit == "B" else (1.0, unit)

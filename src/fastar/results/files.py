@@ -1,0 +1,71 @@
+"""Files of a run, written so that a crash leaves the old or the new content, never half of it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SUMMARY, ROWS, TABLE, STATE = "summary.json", "metrics.jsonl", "metrics.parquet", "state.pt"
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to; what was written there becomes `path` on success and is removed on failure."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write `record` atomically."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json of a run folder, or None if there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / SUMMARY
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove the folder to run it again") from error
+    if not isinstance(record, dict) or not {"run_id", "status"} <= record.keys():
+        raise ValueError(f"{path} is not the summary of a run: remove the folder to run it again")
+    return record
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line that was cut off in mid-write is left out.
+
+    Raises:
+        ValueError: a line other than the last is damaged.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if number == len(lines):  # no newline at its end: the process died while writing it
+                break
+            raise ValueError(
+                f"{path}, line {number} is damaged ({error}): remove the folder to run it again"
+            ) from error
+    return rows

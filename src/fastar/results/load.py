@@ -1,0 +1,125 @@
+"""From run folders to one tidy table. Every table and figure starts here."""
+
+import glob
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastar.results.files import ROWS, SUMMARY, TABLE, read_rows, read_summary
+from fastar.results.rows import SCHEMA, to_pandas, to_table
+
+FAILURE = "failure"
+"""Metric of the one row that stands for a failed run; its value is NaN and its `reason` says why."""
+
+
+def load(
+    pattern: str | Path | Sequence[str | Path] = "outputs/**",
+    *,
+    config: Iterable[str] = (),
+    partial: bool = False,
+) -> pd.DataFrame:
+    """All rows of all complete runs below `pattern`, and one row for each failed run.
+
+    Columns:
+        experiment, run_id: text. status: done, failed or running.
+        seed: int, or a tuple of ints if the run had several.
+        one column per label of the runs (method, protocol, ...), missing where a run lacks it.
+        one column per dotted path in `config`.
+        metric, unit: text. chunk, frame, clip: Int64, missing where a value is of the whole run or of all clips.
+        value: float64, in `unit`. time: Unix seconds of logging.
+        reason: why a failed run failed, else missing.
+
+    Args:
+        pattern: folder or glob, or several; `**` matches any depth.
+        config: dotted paths into the recorded config, such as `cache.budget_frames`.
+        partial: also the rows of running and failed runs; `status` tells them apart.
+
+    Raises:
+        ValueError: no runs are there, or one is damaged.
+    """
+    runs, parts = _summaries(pattern), []
+    wanted = list(config)
+    for number, (folder, summary) in enumerate(runs):
+        table = _rows_of(folder, summary, partial=partial)
+        parts.append(table.append_column("run", pa.array([number] * len(table), pa.int64())))
+    rows = to_pandas(pa.concat_tables(parts))
+    described = pd.DataFrame([_describe(summary, wanted) for _, summary in runs])
+    described["reason"] = pd.array(
+        [(summary.get("failure") or {}).get("reason") for _, summary in runs], dtype="str"
+    )
+    columns = [*(name for name in described.columns if name != "reason"), *SCHEMA.names, "reason"]
+    return rows.join(described, on="run")[columns]
+
+
+def load_runs(
+    pattern: str | Path | Sequence[str | Path] = "outputs/**", *, config: Iterable[str] = ()
+) -> pd.DataFrame:
+    """One row per run: what `load` has per run, then failure, time, device and git state."""
+    wanted, records = list(config), []
+    for folder, summary in _summaries(pattern):
+        failure, made_with = summary.get("failure") or {}, summary.get("environment") or {}
+        records.append(
+            {
+                **_describe(summary, wanted),
+                **{key: failure.get(key) for key in ("kind", "reason", "where")},
+                "time": made_with.get("time"),
+                "device": made_with.get("device"),
+                "commit": (made_with.get("git") or {}).get("commit"),
+                "dirty": (made_with.get("git") or {}).get("dirty"),
+                "folder": str(folder),
+            }
+        )
+    return pd.DataFrame(records)
+
+
+def _summaries(pattern: str | Path | Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
+    patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
+    folders: set[Path] = set()
+    for each in patterns:
+        files = glob.glob(f"{each}/{SUMMARY}", recursive=True) or glob.glob(
+            f"{each}/**/{SUMMARY}", recursive=True
+        )
+        folders |= {Path(file).parent for file in files}
+    found = [(folder, summary) for folder in sorted(folders) if (summary := read_summary(folder)) is not None]
+    if not found:
+        raise ValueError(
+            f"no runs match {', '.join(map(str, patterns))}: give the folder of an experiment or a glob of it"
+        )
+    return found
+
+
+def _describe(summary: dict[str, Any], config: Iterable[str]) -> dict[str, Any]:
+    seed = summary.get("seed")
+    return {
+        "experiment": summary.get("experiment"),
+        "run_id": summary["run_id"],
+        "status": summary["status"],
+        "seed": tuple(seed) if isinstance(seed, list) else seed,
+        **summary.get("labels", {}),
+        **{path: _at(summary.get("config", {}), path) for path in config},
+    }
+
+
+def _at(config: Any, path: str) -> Any:
+    """Value at a dotted path, None if there is none."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _rows_of(folder: Path, summary: dict[str, Any], *, partial: bool) -> pa.Table:
+    status = summary["status"]
+    if status == "done":
+        if not (folder / TABLE).exists():
+            raise ValueError(
+                f"{folder} is marked as done but has no {TABLE}: remove the folder to run it again"
+            )
+        return pq.read_table(folder / TABLE, partitioning=None).cast(SCHEMA)
+    rows = read_rows(folder / ROWS) if partial else []
+    if status == "failed":
+        rows.append(dict.fromkeys(SCHEMA.names) | {"metric": FAILURE, "value": float("nan"), "unit": ""})
+    return to_table(rows)

@@ -1,0 +1,108 @@
+"""Plots of a comparison, from the tidy table: curves over the rollout, and quality against cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastar.metrics.names import METRICS, shown_as
+from fastar.results.tables import UNITS, spread
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+
+
+def colours_of(lines: Sequence[str]) -> dict[str, str]:
+    """One colour per line, by order: give the same order to all figures of a report."""
+    return {line: PALETTE[number % len(PALETTE)] for number, line in enumerate(lines)}
+
+
+def plot_curves(
+    rows: pd.DataFrame,
+    metric: str,
+    path: str | Path,
+    *,
+    index: str = "method",
+    units: Sequence[str] = UNITS,
+    colours: Mapping[str, str] | None = None,
+    log: bool = False,
+) -> Path:
+    """`metric` against the frame index, one line per `index` with its bootstrap band; writes a picture to `path`."""
+    stats = spread(rows[rows["frame"].notna()], index=[index, "frame"], metrics=[metric], units=units)
+    stats[["mean", "low", "high"]] /= shown_as(metric)[0]
+    if stats.empty:
+        raise ValueError(f"no rows of {metric} with a frame index: log it per chunk, with frame=...")
+    figure, axes = _figure(metric)
+    colours = colours or colours_of([str(line) for line in stats[index].unique()])
+    for line, group in stats.groupby(index, sort=False):
+        group = group.sort_values("frame")
+        frame = group["frame"].astype(float)
+        axes.plot(frame, group["mean"], color=colours[str(line)], label=str(line), linewidth=1.6)
+        axes.fill_between(
+            frame, group["low"], group["high"], color=colours[str(line)], alpha=0.15, linewidth=0
+        )
+    axes.set_xlabel("frame")
+    if log:
+        axes.set_yscale("log")
+    return _save(figure, axes, path)
+
+
+def plot_frontier(
+    rows: pd.DataFrame,
+    cost: str,
+    quality: str,
+    path: str | Path,
+    *,
+    index: str = "method",
+    setting: str | None = None,
+    units: Sequence[str] = UNITS,
+    colours: Mapping[str, str] | None = None,
+) -> Path:
+    """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`."""
+    keys = [index] if setting is None else [index, setting]
+    stats = spread(rows, index=keys, metrics=[cost, quality], units=units)
+    costs = stats[stats["metric"] == cost][[*keys, "mean"]].rename(columns={"mean": "cost"})
+    points = stats[stats["metric"] == quality].merge(costs, on=keys)
+    points["cost"] /= shown_as(cost)[0]
+    points[["mean", "low", "high"]] /= shown_as(quality)[0]
+    if points.empty:
+        raise ValueError(f"no {index} has both {cost} and {quality}")
+    figure, axes = _figure(quality)
+    colours = colours or colours_of([str(line) for line in points[index].unique()])
+    for line, group in points.groupby(index, sort=False):
+        group = group.sort_values("cost")
+        reach = [(group["mean"] - group["low"]).fillna(0), (group["high"] - group["mean"]).fillna(0)]
+        axes.errorbar(
+            group["cost"], group["mean"], yerr=reach, color=colours[str(line)], label=str(line),
+            marker="o", markersize=5, linewidth=1.4, capsize=2,
+        )  # fmt: skip
+    axes.set_xlabel(_axis_label(cost))
+    return _save(figure, axes, path)
+
+
+def _figure(metric: str) -> tuple[Figure, Axes]:
+    figure = Figure(
+        figsize=(6.4, 3.8), dpi=150, layout="constrained"
+    )  # no pyplot: nothing global, no display
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_ylabel(_axis_label(metric))
+    return figure, axes
+
+
+def _axis_label(metric: str) -> str:
+    info = METRICS.get(metric.split("/")[0])
+    unit = shown_as(metric)[1]
+    arrow = f", {info.better} is better" if info and info.better else ""
+    return f"{metric.replace('_', ' ')}{f' ({unit})' if unit else ''}{arrow}"
+
+
+def _save(figure: Figure, axes: Axes, path: str | Path) -> Path:
+    axes.legend(frameon=False, fontsize=8)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,80 @@
+"""A method is a cache, two selectors and an engine; `start_rollout` puts fresh ones behind a backbone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastar.attention.state import AttentionState, Recorder
+from fastar.backbones import Backbone
+from fastar.cache import CachePolicy, DenseCache
+from fastar.rollout.loops import ChunkLoop
+from fastar.rollout.rollout import PassTimer, Rollout
+from fastar.sparsity import CrossSelector, Dense, DenseCross, Selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a rollout attends. Caches and selectors serve one rollout each, so a method holds their makers.
+
+    Attributes:
+        name: as it appears in tables.
+        cache, self_attention, cross_attention: make a fresh policy or selector.
+        engine: name of an attention engine, or `auto`.
+    """
+
+    name: str
+    cache: Callable[[], CachePolicy] = DenseCache
+    self_attention: Callable[[], Selector] = Dense
+    cross_attention: Callable[[], CrossSelector] = DenseCross
+    engine: str = "auto"
+
+
+def start_rollout(
+    backbone: Backbone,
+    method: Method,
+    *,
+    loop: ChunkLoop,
+    seeds: Sequence[int],
+    timer: PassTimer | None = None,
+    recorders: Sequence[Recorder] = (),
+    cache: CachePolicy | None = None,
+) -> Rollout:
+    """A rollout of `len(seeds)` videos at frame 0.
+
+    Args:
+        backbone: in eval mode on the device and in the dtype to compute in.
+        method: what attends.
+        loop: passes and noise levels.
+        seeds: of the noise, one per video.
+        timer, recorders: measure passes and attention calls.
+        cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
+    """
+    config = backbone.config
+    weight = backbone.transformer.patch_embedding.weight
+    channels, rows, columns = config.latent_shape
+    patch = config.transformer.patch
+    state = AttentionState(
+        cache=method.cache() if cache is None else cache,
+        self_selector=method.self_attention(),
+        cross_selector=method.cross_attention(),
+        engine=method.engine,
+        rope=backbone.transformer.rope,
+        grid=(rows // patch, columns // patch),
+        num_layers=config.transformer.num_layers,
+        num_heads=config.transformer.num_heads,
+        head_dim=config.transformer.head_dim,
+        batch=len(seeds),
+        chunk_frames=loop.chunk_frames,
+        compute_dtype=weight.dtype,
+        device=torch.device(weight.device),
+        recorders=recorders,
+    )
+    return Rollout(
+        backbone.transformer,
+        state=state,
+        loop=loop,
+        seeds=seeds,
+        latent_shape=(channels, rows, columns),
+        timer=timer,
+    )

@@ -1,0 +1,29 @@
+"""Noise that depends on the seed and the place in the video alone: not on batch size, device or interruption."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def chunk_noise(
+    seeds: Sequence[int], first_frame: int, draw: int, shape: tuple[int, ...], device: torch.device | str
+) -> Tensor:
+    """Standard normal noise [len(seeds), *shape], float32, drawn on the CPU.
+
+    Args:
+        seeds: one per video of the batch; equal seeds give equal noise whatever else is in the batch.
+        first_frame: first frame of the chunk.
+        draw: 0 for the initial noise, 1.. for the re-noising steps.
+        shape: (frames, channels, height, width).
+        device: where the result goes.
+    """
+    return torch.stack(
+        [torch.randn(shape, generator=_generator(seed, first_frame, draw)) for seed in seeds]
+    ).to(device)
+
+
+def _generator(*key: int) -> torch.Generator:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

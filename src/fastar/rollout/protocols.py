@@ -1,0 +1,117 @@
+"""Three ways to hold a method against dense attention on the same videos.
+
+A trajectory is latents [B, T, C, h, w]: true history, then frames that dense attention generated. In lockstep (A and
+B) the method denoises every chunk of the trajectory's later part, but what is committed is the trajectory, so errors
+do not add up and two methods are compared on the same past:
+
+- **A**: keys and values of the past come from dense commit passes; the method only attends while denoising. What is
+  left is the error of its attention.
+- **B**: the method's own cache is also what its commit passes read, so an error in the cache changes later keys.
+- **C**: free-running; the method commits what it generated.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.rollout.rollout import Rollout
+
+
+class TeeCache(CachePolicy):
+    """Reads from `leader` and writes to it and to all `followers`: protocol A's way of giving every method dense keys.
+
+    Args:
+        leader: the policy that is read (dense).
+        followers: policies that are filled with the same keys and values.
+    """
+
+    def __init__(self, leader: CachePolicy, followers: Sequence[CachePolicy]) -> None:
+        super().__init__()
+        self.leader, self.followers = leader, list(followers)
+
+    @property
+    def everyone(self) -> list[CachePolicy]:
+        return [self.leader, *self.followers]
+
+    def bind(self, spec: CacheSpec) -> None:
+        super().bind(spec)
+        for policy in self.everyone:
+            policy.bind(spec)
+
+    def view(self, layer: int) -> CacheView:
+        return self.leader.view(layer)
+
+    def stage(self, layer: int, staged: Staged) -> None:
+        for policy in self.everyone:
+            policy.stage(layer, staged)
+
+    def commit(self, first_frame: int, num_frames: int) -> None:
+        for policy in self.everyone:
+            policy.commit(first_frame, num_frames)
+
+    def discard(self) -> None:
+        for policy in self.everyone:
+            policy.discard()
+
+    def bytes_used(self) -> int:
+        return self.leader.bytes_used()
+
+    def slots_used(self) -> int:
+        return self.leader.slots_used()
+
+    def capacity_bytes(self) -> int | None:
+        return self.leader.capacity_bytes()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"policies": [policy.state_dict() for policy in self.everyone]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for policy, state in zip(self.everyone, saved["policies"], strict=True):
+            policy.load_state_dict(state)
+
+
+def extend_trajectory(rollout: Rollout, history: Tensor, actions: Tensor | None, num_frames: int) -> Tensor:
+    """True `history` [B, F, C, h, w] followed by `num_frames` frames that `rollout` generates: [B, F + n, C, h, w].
+
+    `actions` [B, >= F + num_frames] covers both parts.
+    """
+    past = history.shape[1]
+    rollout.prefill(history, None if actions is None else actions[:, :past])
+    chunks = rollout.generate(num_frames, None if actions is None else actions[:, past:])
+    return torch.cat([history.to(rollout.device), *chunks], dim=1)
+
+
+def lockstep_a(
+    teacher: Rollout, students: dict[str, Rollout], trajectory: Tensor, actions: Tensor | None, start: int
+) -> Iterator[tuple[int, str, Tensor]]:
+    """Protocol A for several methods at once.
+
+    `teacher`'s state holds a `TeeCache` whose followers are the caches of the `students`. Yields
+    (first frame of the chunk, method, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on.
+    """
+    step = teacher.loop.chunk_frames
+    teacher.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
+    for first in range(start, trajectory.shape[1], step):
+        part = slice(first, first + step)
+        chunk_actions = None if actions is None else actions[:, part]
+        for name, student in students.items():
+            student.next_frame = first
+            student.state.forget_working_copies()
+            yield first, name, student.denoise(chunk_actions)
+        teacher.commit(trajectory[:, part], chunk_actions)
+
+
+def lockstep_b(
+    rollout: Rollout, trajectory: Tensor, actions: Tensor | None, start: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Protocol B: yields (first frame, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on."""
+    step = rollout.loop.chunk_frames
+    rollout.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
+    for first in range(start, trajectory.shape[1], step):
+        part = slice(first, first + step)
+        chunk_actions = None if actions is None else actions[:, part]
+        yield first, rollout.denoise(chunk_actions)
+        rollout.commit(trajectory[:, part], chunk_actions)

@@ -1,0 +1,169 @@
+"""The loop that owns a backbone and a method's state and makes video, chunk by chunk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastar.attention.context import PassContext, PassKind
+from fastar.attention.state import AttentionState
+from fastar.backbones.wan.transformer import CausalWanTransformer
+from fastar.rollout.loops import ChunkLoop
+from fastar.rollout.noise import chunk_noise
+
+
+class NonFiniteError(RuntimeError):
+    """A pass produced NaN or infinity; the rollout stops before its cache is touched."""
+
+
+class PassTimer(Protocol):
+    """Times the parts of a rollout (`fastar.metrics.efficiency`)."""
+
+    def measure(self, name: str) -> Any:
+        """Context manager around one part: denoise, commit or decode."""
+
+
+class Rollout:
+    """One batch of videos in the making.
+
+    Args:
+        transformer: the backbone, in eval mode.
+        state: the method's state (cache, selectors, engine) for this batch.
+        loop: order of passes and noise levels.
+        seeds: one per video of the batch.
+        latent_shape: (channels, height, width) of a latent frame.
+        timer: measures denoise and commit passes, or None.
+    """
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer,
+        *,
+        state: AttentionState,
+        loop: ChunkLoop,
+        seeds: Sequence[int],
+        latent_shape: tuple[int, int, int],
+        timer: PassTimer | None = None,
+    ) -> None:
+        self.transformer, self.state, self.loop, self.timer = transformer, state, loop, timer
+        self.seeds = list(seeds)
+        self.latent_shape = tuple(latent_shape)
+        self.next_frame = 0
+        self.device = next(transformer.parameters()).device
+
+    @torch.inference_mode()
+    def prefill(self, latents: Tensor, actions: Tensor | None = None) -> None:
+        """Push true history [B, F, C, h, w] through the commit pass, chunk by chunk (F a multiple of the chunk)."""
+        for start in self._chunk_starts(latents.shape[1]):
+            part = slice(start, start + self.loop.chunk_frames)
+            self.commit(latents[:, part], None if actions is None else actions[:, part], kind=PassKind.PREFILL)
+
+    @torch.inference_mode()
+    def generate(self, num_frames: int, actions: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield clean latent chunks [B, n, C, h, w], each committed to the cache before it is yielded.
+
+        Args:
+            num_frames: a multiple of the chunk.
+            actions: [B, num_frames] int64, or None for a backbone without actions.
+
+        Raises:
+            ValueError: `num_frames` is no whole number of chunks, or there are too few actions.
+            NonFiniteError: a pass produced NaN or infinity.
+        """
+        if actions is not None and actions.shape[1] < num_frames:
+            raise ValueError(f"{num_frames} frames were asked for and only {actions.shape[1]} actions given")
+        for start in self._chunk_starts(num_frames):
+            part = slice(start, start + self.loop.chunk_frames)
+            yield self.step(None if actions is None else actions[:, part])
+
+    @torch.inference_mode()
+    def step(self, actions: Tensor | None = None) -> Tensor:
+        """Denoise and commit the next chunk; returns its clean latents [B, n, C, h, w]."""
+        clean = self.denoise(actions)
+        self.commit(clean, actions)
+        return clean
+
+    @torch.inference_mode()
+    def denoise(self, actions: Tensor | None = None, on_step: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Denoise the next chunk without committing it (protocol A and B look at this one chunk).
+
+        Args:
+            actions: [B, n] int64 of this chunk.
+            on_step: called with each step's prediction of the clean chunk.
+        """
+        shape = (self.loop.chunk_frames, *self.latent_shape)
+        latents = chunk_noise(self.seeds, self.next_frame, 0, shape, self.device)
+        sigmas = [t / 1000 for t in self.loop.timesteps] + [0.0]
+        with self._timed("denoise"):
+            for context in self.loop.denoise_passes(self.next_frame):
+                velocity = self.run_pass(context, latents, actions)
+                sigma, following = sigmas[context.step], sigmas[context.step + 1]
+                clean = latents - sigma * velocity
+                if on_step is not None:
+                    on_step(clean)
+                if following == 0:
+                    latents = clean
+                elif self.loop.renoise:
+                    noise = chunk_noise(self.seeds, self.next_frame, context.step + 1, shape, self.device)
+                    latents = torch.lerp(clean, noise, following)
+                else:
+                    latents = latents + (following - sigma) * velocity
+        return latents
+
+    @torch.inference_mode()
+    def commit(self, clean: Tensor, actions: Tensor | None = None, *, kind: PassKind = PassKind.COMMIT) -> None:
+        """Cache the clean chunk [B, n, C, h, w] and move on to the next one."""
+        with self._timed("commit"):
+            self.run_pass(self.loop.commit_pass(self.next_frame, kind), clean, actions)
+        self.next_frame += self.loop.chunk_frames
+
+    def run_pass(self, context: PassContext, latents: Tensor, actions: Tensor | None) -> Tensor:
+        """One forward under `context`; the state commits only if its result is finite."""
+        timesteps = torch.tensor([context.timesteps], device=self.device, dtype=torch.float32)
+        self.state.begin_pass(context)
+        try:
+            velocity = self.transformer(
+                latents.to(self.device),
+                timesteps.expand(latents.shape[0], -1),
+                attend=self.state.attend,
+                actions=None if actions is None else actions.to(self.device),
+            ).float()
+            # one look a chunk: a check of every pass would make the GPU wait for the host
+            if context.commits and not torch.isfinite(velocity).all():
+                raise NonFiniteError(
+                    f"frames {context.first_frame}-{context.first_frame + context.num_frames - 1}, {context.kind} pass: "
+                    "the backbone returned NaN or infinity; the cache is as it was before this chunk"
+                )
+        except BaseException:
+            self.state.abort_pass()
+            raise
+        self.state.end_pass()
+        return velocity
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-for-bit continuation needs, tensors on the CPU."""
+        return {"next_frame": self.next_frame, "seeds": self.seeds, "attention": self.state.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: the saved rollout had other seeds.
+        """
+        if list(saved["seeds"]) != self.seeds:
+            raise ValueError(f"the saved rollout has seeds {saved['seeds']}, this one {self.seeds}: use the same seeds")
+        self.next_frame = int(saved["next_frame"])
+        self.state.load_state_dict(saved["attention"])
+
+    def _chunk_starts(self, num_frames: int) -> range:
+        if num_frames < 1 or num_frames % self.loop.chunk_frames:
+            raise ValueError(
+                f"{num_frames} frames are not a whole number of {self.loop.chunk_frames}-frame chunks: "
+                f"ask for {max(1, round(num_frames / self.loop.chunk_frames)) * self.loop.chunk_frames}"
+            )
+        return range(0, num_frames, self.loop.chunk_frames)
+
+    def _timed(self, name: str) -> Any:
+        return self.timer.measure(name) if self.timer is not None else nullcontext()

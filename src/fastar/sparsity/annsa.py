@@ -1,0 +1,154 @@
+"""AnnSA: self-attention between queries and keys of the same content bucket (paper section 1, "AnnSA").
+
+Queries and keys are bucketed by approximate nearest-neighbour codes, put in bucket order and cut into blocks;
+a block pair is worth executing if it holds same-bucket pairs. The paper attends to same-bucket keys and no
+others (`density: null`); a density target instead spends an exact budget of blocks, best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastar.ann.base import Bucketizer
+from fastar.engines.plan import BlockPlan
+from fastar.sparsity.base import ChunkMemo, MatchSpace, Rebuild, Selector, SelectRequest, check_choice
+from fastar.sparsity.blocks import (
+    build_plan,
+    centroid_scores,
+    check_block_sizes,
+    check_density,
+    choose_blocks,
+    lay_out_keys,
+    shared_pairs,
+)
+
+Source = Literal["content", "prompt"]
+Rank = Literal["shared", "centroid"]
+
+
+class AnnSA(Selector):
+    """Bucketed block-sparse self-attention. The current chunk is always attended to.
+
+    Args:
+        bucketizer: assigns the buckets; required when `source` is content.
+        density: executed / dense pairs to aim for, current chunk counted; 1 is dense. None is the letter of
+            the paper: exactly the pairs that share a bucket, whatever number of blocks that takes.
+        source: `content` buckets queries and keys themselves; `prompt` takes the tags that cross-attention
+            left on them (`SelectRequest.text_tags` and `key_tags`, the paper's prompt-induced buckets).
+        match_space: bucket vectors after RoPE (what attention compares) or before it (raw: content alone).
+        shared_heads: one bucket for all heads, from their concatenated vectors, instead of one per head.
+        rank: what makes a block worth its budget: `shared` counts same-bucket pairs and breaks ties by the
+            logit between block centroids; `centroid` uses that logit alone.
+        block_q, block_k: tokens per block. The defaults suit a few hundred queries a chunk (the Doom model
+            has 192 queries against 9,216 cached keys); at 128 a block of so few queries reads nearly every
+            bucket and nothing is sparse. For thousands of queries on a GPU use 64 or 128.
+        rebuild: plan once a `chunk`, at its first sparse pass, and reuse the plan; or anew in every `pass`.
+        layers, warmup_share, min_dense_steps, commit_dense: see `Scheduled`.
+    """
+
+    def __init__(
+        self,
+        *,
+        bucketizer: Bucketizer | None = None,
+        density: float | None = 0.25,
+        source: Source = "content",
+        match_space: MatchSpace = "roped",
+        shared_heads: bool = False,
+        rank: Rank = "shared",
+        block_q: int = 16,
+        block_k: int = 32,
+        rebuild: Rebuild = "chunk",
+        layers: Sequence[int] | None = None,
+        warmup_share: float = 0.3,
+        min_dense_steps: int = 1,
+        commit_dense: bool = True,
+    ) -> None:
+        super().__init__(
+            layers=layers,
+            warmup_share=warmup_share,
+            min_dense_steps=min_dense_steps,
+            commit_dense=commit_dense,
+        )
+        check_density(density)
+        check_block_sizes(block_q, block_k)
+        check_choice("source", source, ("content", "prompt"))
+        check_choice("match_space", match_space, ("roped", "raw"))
+        check_choice("rank", rank, ("shared", "centroid"))
+        check_choice("rebuild", rebuild, ("pass", "chunk"))
+        if source == "content" and bucketizer is None:
+            raise ValueError(
+                "AnnSA with content buckets needs a bucketizer: choose lsh, quantized, kmeans or random"
+            )
+        self.bucketizer, self.density, self.source = bucketizer, density, source
+        self.match_space, self.shared_heads, self.rank = match_space, shared_heads, rank
+        self.block_q, self.block_k, self.rebuild = block_q, block_k, rebuild
+        self._memo: ChunkMemo[BlockPlan] = ChunkMemo()
+
+    def select(self, request: SelectRequest) -> BlockPlan | None:
+        """The block plan of a call that the schedule makes sparse; None if the density target is 1."""
+        if self.density == 1:
+            return None
+        sizes = (request.q.shape[2], request.k.shape[2])
+        plan = self._memo.get(request.layer, request.context, *sizes) if self.rebuild == "chunk" else None
+        if plan is None:
+            plan = self._build(request)
+            if self.rebuild == "chunk":
+                self._memo.put(request.layer, request.context, *sizes, built=plan)
+        return plan
+
+    def _build(self, request: SelectRequest) -> BlockPlan:
+        assign = self._tags if self.source == "prompt" else self._buckets
+        query_buckets, key_buckets = assign(request)
+        query_runs, query_order = torch.sort(query_buckets, dim=-1, stable=True)
+        layout = lay_out_keys(key_buckets, request.log_count, request.num_current)
+        shared = shared_pairs(query_runs, layout, self.block_q, self.block_k)
+        if self.density is None:
+            starts = torch.arange(shared.shape[-1], device=shared.device) * self.block_k
+            mask = (shared > 0) | (starts < layout.current)
+            tags = (query_buckets, key_buckets)
+            return build_plan(query_order, layout, mask, self.block_q, self.block_k, tags=tags)
+        scores = centroid_scores(request, query_order, layout, self.block_q, self.block_k)
+        if self.rank == "shared":
+            # counts are whole numbers: the logit only breaks their ties
+            scores = shared + scores.sigmoid() * 0.5
+        mask, bound = choose_blocks(scores, layout, self.block_k, self.density)
+        return build_plan(query_order, layout, mask, self.block_q, self.block_k, max_blocks=bound)
+
+    def _buckets(self, request: SelectRequest) -> tuple[Tensor, Tensor]:
+        assert self.bucketizer is not None
+        q, k = request.q, request.k
+        if self.match_space == "raw":
+            if request.q_raw is None or request.k_raw is None:
+                raise ValueError("AnnSA with match_space=raw needs q_raw and k_raw in its request")
+            q, k = request.q_raw, request.k_raw
+        if request.log_count is not None:
+            # an empty slot holds anything; a live key in its place cannot distort data-dependent buckets
+            empty = request.log_count.expand(k.shape[:3]) == -torch.inf
+            k = torch.where(empty[..., None], k[:, :, -1:], k)
+        return bucketize(self.bucketizer, q, k, shared_heads=self.shared_heads)
+
+    def _tags(self, request: SelectRequest) -> tuple[Tensor, Tensor]:
+        if request.text_tags is None or request.key_tags is None:
+            raise ValueError(
+                "AnnSA with source=prompt needs text_tags and key_tags, which AnnCA leaves in the text stream: "
+                "use a text backbone with cross_attention=annca_*, or source=content"
+            )
+        return request.text_tags.contiguous(), request.key_tags
+
+
+def bucketize(bucketizer: Bucketizer, q: Tensor, k: Tensor, *, shared_heads: bool) -> tuple[Tensor, Tensor]:
+    """Buckets of q [B, H, Lq, D] and k [B, H, Lk, D] as int64 [B, H, Lq] and [B, H, Lk].
+
+    With `shared_heads` the heads' vectors are concatenated and all heads get the same buckets.
+    """
+    batch, heads = q.shape[:2]
+    if shared_heads:
+        buckets = bucketizer.buckets(q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2))
+        queries, keys = (ids[:, None].expand(batch, heads, -1).contiguous() for ids in buckets)
+        return queries, keys
+    queries, keys = bucketizer.buckets(q.flatten(0, 1), k.flatten(0, 1))
+    return queries.unflatten(0, (batch, heads)), keys.unflatten(0, (batch, heads))

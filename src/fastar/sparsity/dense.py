@@ -1,0 +1,31 @@
+"""Dense attention: every pair, in every pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastar.attention.context import PassContext
+from fastar.engines.plan import BlockPlan
+from fastar.sparsity.base import CrossSelector, Selector, SelectRequest
+
+
+class Dense(Selector):
+    """Dense self-attention, the baseline every selector is measured against."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=())
+
+    def select(self, request: SelectRequest) -> BlockPlan | None:
+        """No plan: all pairs."""
+        return None
+
+
+class DenseCross(CrossSelector):
+    """Dense cross-attention: every prompt token is read."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=())
+
+    def select(self, layer: int, context: PassContext, q: Tensor, k: Tensor) -> Tensor | None:
+        """No selection: all tokens."""
+        return None

@@ -1,0 +1,1 @@
+"""LightningModules for the backbones that this repository trains itself."""

@@ -1,0 +1,127 @@
+"""Teacher-forced flow matching of a causal video transformer in the latents of a frozen autoencoder."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastar.backbones.autoencoder import Autoencoder
+from fastar.backbones.wan.transformer import CausalWanTransformer
+from fastar.data.pixels import to_model_range
+from fastar.engines.training import TeacherForcingAttend
+from fastar.training.module import TimedModule
+
+
+class WorldModelModule(TimedModule):
+    """Velocity loss on every chunk of a clip, each given the clean history before it.
+
+    v = noise - x0, x_t = (1 - sigma) x0 + sigma * noise (`wan.md` section 4); one sigma per chunk. Two remedies
+    against drift: some clips carry *labelled* noise on their history, and in some steps a part of the history is
+    the model's own one-step prediction, *not* labelled, as it will be in a free rollout.
+
+    Args:
+        transformer: the backbone, trained.
+        autoencoder: frozen; frames become latents here.
+        chunk_frames: frames denoised together.
+        shift: timestep shift s of sigma = s u / (1 + (s - 1) u), u uniform.
+        history_noise: largest sigma of the labelled noise; half of the clips carry none.
+        self_history_share: share of steps whose history is partly predicted, once the predictions are worth it:
+        self_history_from: share of the run after which that starts.
+        max_first_frame: the absolute index of a clip's first frame is uniform in [0, max_first_frame].
+        compile: torch.compile the transformer.
+    """
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer,
+        autoencoder: Autoencoder,
+        *,
+        chunk_frames: int,
+        shift: float,
+        history_noise: float,
+        self_history_share: float,
+        self_history_from: float,
+        max_first_frame: int,
+        compile: bool,
+        **limits: Any,
+    ) -> None:
+        super().__init__(**limits)
+        self.transformer = transformer
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.chunk_frames, self.shift = chunk_frames, shift
+        self.history_noise = history_noise
+        self.self_history_share, self.self_history_from = self_history_share, self_history_from
+        self.max_first_frame, self.compile_transformer = max_first_frame, compile
+        self._attend: TeacherForcingAttend | None = None
+
+    def on_fit_start(self) -> None:
+        if self.compile_transformer:
+            torch._dynamo.config.optimize_ddp = False  # DDP's graph splitting refuses FlexAttention
+            self.transformer.compile()
+
+    def train(self, mode: bool = True) -> "WorldModelModule":
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    def compute_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            clean = self.autoencoder.encode(to_model_range(batch["frames"])).float()
+        actions = batch["actions"]
+        frames = clean.shape[1]
+        attend = self._attend_for(clean)
+        attend.place(int(torch.randint(self.max_first_frame + 1, ()).item()))
+
+        sigma = self._draw_sigma(clean)
+        noise = torch.randn_like(clean)
+        noisy = torch.lerp(clean, noise, _per_frame(sigma))
+        history, history_sigma = self._noised_history(clean)
+        if self.share_done >= self.self_history_from and torch.rand(()).item() < self.self_history_share:
+            with torch.no_grad():
+                velocity = self._velocity(history, history_sigma, noisy, sigma, actions, attend)
+                predicted = noisy - _per_frame(sigma) * velocity
+                chunk_is_predicted = torch.rand_like(sigma[:, :: self.chunk_frames]) < 0.5
+                replaced = chunk_is_predicted.repeat_interleave(self.chunk_frames, dim=1)
+                history = torch.where(_per_frame(replaced), predicted, history)
+            torch.clear_autocast_cache()  # it holds weights cast without a graph
+        velocity = self._velocity(history, history_sigma, noisy, sigma, actions, attend)
+        errors = functional.mse_loss(velocity, noise - clean, reduction="none").mean(dim=(2, 3, 4))
+        late = errors[:, frames // 2 :].mean().detach()
+        return {"loss": errors.mean(), "loss_second_half": late}
+
+    def _velocity(
+        self, history: Tensor, history_sigma: Tensor, noisy: Tensor, sigma: Tensor, actions: Tensor, attend: Any
+    ) -> Tensor:
+        timesteps = 1000.0 * torch.cat([history_sigma, sigma], dim=1)
+        latents = torch.cat([history, noisy], dim=1)
+        out = self.transformer(latents, timesteps, attend=attend, actions=torch.cat([actions, actions], dim=1))
+        return out[:, noisy.shape[1] :].float()
+
+    def _attend_for(self, clean: Tensor) -> TeacherForcingAttend:
+        if self._attend is None or self._attend.num_frames != clean.shape[1]:
+            self._attend = TeacherForcingAttend(
+                self.transformer.rope,
+                grid=self.transformer.grid_of(clean),
+                num_frames=clean.shape[1],
+                chunk_frames=self.chunk_frames,
+                device=clean.device,
+            )
+        return self._attend
+
+    def _draw_sigma(self, clean: Tensor) -> Tensor:
+        chunks = clean.shape[1] // self.chunk_frames
+        uniform = torch.rand(clean.shape[0], chunks, device=clean.device)
+        sigma = self.shift * uniform / (1 + (self.shift - 1) * uniform)
+        return sigma.repeat_interleave(self.chunk_frames, dim=1)
+
+    def _noised_history(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        clips = torch.rand(clean.shape[0], 1, device=clean.device)
+        sigma = (2 * clips - 1).clamp(min=0) * self.history_noise  # zero for half of the clips
+        sigma = sigma.expand(-1, clean.shape[1])
+        return torch.lerp(clean, torch.randn_like(clean), _per_frame(sigma)), sigma
+
+
+def _per_frame(values: Tensor) -> Tensor:
+    """[B, F] -> [B, F, 1, 1, 1]."""
+    return values[:, :, None, None, None]

@@ -1,0 +1,124 @@
+"""The key table: contract of 825 names for Wan2.1-1.3B, both namings, containers, and what is refused."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastar.backbones.wan import CausalWanTransformer, WanConfig
+from fastar.backbones.wan.keys import (
+    key_pairs,
+    load_weights,
+    strip_prefixes,
+    to_diffusers_names,
+    to_wan_names,
+    unwrap_container,
+)
+
+WAN_1_3B = WanConfig(dim=1536, num_layers=30, num_heads=12, ffn_dim=8960, text_dim=4096, text_len=512)
+SMALL = WanConfig(dim=24, num_layers=2, num_heads=2, ffn_dim=32, text_dim=8)
+
+
+def random_state(config: WanConfig) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    model = CausalWanTransformer(config)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+
+
+def test_1_3b_has_825_tensors_and_1_418_996_800_parameters() -> None:
+    with torch.device("meta"):
+        model = CausalWanTransformer(WAN_1_3B)
+    state = model.state_dict()
+    assert len(state) == 825
+    assert sum(tensor.numel() for tensor in state.values()) == 1_418_996_800
+    assert sum(p.numel() for p in model.blocks[0].parameters()) == 46_440_704
+    assert set(state) == {ours for ours, _ in key_pairs(WAN_1_3B)}
+    assert len({theirs for _, theirs in key_pairs(WAN_1_3B)}) == 825
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("patch_embedding.weight", (1536, 16, 1, 2, 2)),
+        ("text_embedding.0.weight", (1536, 4096)),
+        ("time_embedding.0.weight", (1536, 256)),
+        ("time_projection.1.weight", (9216, 1536)),
+        ("blocks.29.modulation", (1, 6, 1536)),
+        ("blocks.7.cross_attn.norm_k.weight", (1536,)),
+        ("blocks.7.ffn.0.weight", (8960, 1536)),
+        ("head.head.weight", (64, 1536)),
+        ("head.modulation", (1, 2, 1536)),
+    ],
+)
+def test_1_3b_shapes_are_those_of_the_checkpoint(name: str, shape: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        assert CausalWanTransformer(WAN_1_3B).state_dict()[name].shape == shape
+
+
+def test_the_affine_norm_changes_its_number_between_the_namings() -> None:
+    pairs = dict(key_pairs(SMALL))
+    assert pairs["blocks.1.norm3.weight"] == "blocks.1.norm2.weight"
+    assert pairs["blocks.0.self_attn.o.bias"] == "blocks.0.attn1.to_out.0.bias"
+    assert pairs["head.modulation"] == "scale_shift_table"
+    assert pairs["blocks.1.modulation"] == "blocks.1.scale_shift_table"
+
+
+@pytest.mark.parametrize("num_actions", [None, 5])
+@pytest.mark.parametrize("text_dim", [None, 8])
+def test_names_of_every_variant_are_the_models_own(text_dim: int | None, num_actions: int | None) -> None:
+    config = WanConfig(
+        dim=24, num_layers=2, num_heads=2, ffn_dim=32, text_dim=text_dim, num_actions=num_actions
+    )
+    names = [ours for ours, _ in key_pairs(config)]
+    assert sorted(names) == sorted(CausalWanTransformer(config).state_dict())
+
+
+def test_both_namings_round_trip() -> None:
+    state = random_state(SMALL)
+    theirs = to_diffusers_names(state, SMALL)
+    assert not set(theirs) & {"head.head.weight", "blocks.0.self_attn.q.weight"}
+    back = to_wan_names(theirs, SMALL)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_trainer_prefixes_and_containers_are_taken_off() -> None:
+    state = random_state(SMALL)
+    average = {
+        name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): tensor + 1
+        for name, tensor in state.items()
+    }
+    file = {
+        "generator": {f"model.{name}": tensor for name, tensor in state.items()},
+        "generator_ema": {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in average.items()},
+    }
+    model = CausalWanTransformer(SMALL)
+    load_weights(model, unwrap_container(file))
+    assert torch.equal(model.blocks[0].ffn[0].weight, state["blocks.0.ffn.0.weight"] + 1)
+    load_weights(model, unwrap_container(file, use_ema=False))
+    assert torch.equal(model.blocks[0].ffn[0].weight, state["blocks.0.ffn.0.weight"])
+    assert unwrap_container(state) is state
+    assert strip_prefixes("model.head.head.bias") == "head.head.bias"
+
+
+def test_unwanted_ema_only_file_is_refused() -> None:
+    with pytest.raises(ValueError, match="EMA weights only"):
+        unwrap_container({"generator_ema": random_state(SMALL)}, use_ema=False)
+
+
+def test_missing_and_unexpected_names_are_listed_with_counts() -> None:
+    state = random_state(SMALL)
+    del state["blocks.1.ffn.2.bias"], state["head.modulation"]
+    state["blocks.2.modulation"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"2 \(blocks\.1\.ffn\.2\.bias, head\.modulation\) missing") as error:
+        to_wan_names(state, SMALL)
+    assert "1 (blocks.2.modulation) unexpected" in str(error.value)
+
+
+def test_a_wrong_shape_is_named_and_nothing_is_copied() -> None:
+    model = CausalWanTransformer(SMALL)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = random_state(SMALL)
+    state["head.head.weight"] = torch.zeros(64, 25)
+    with pytest.raises(ValueError, match=r"head\.head\.weight is \(64, 25\) in the weights and \(64, 24\)"):
+        load_weights(model, state)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -1,0 +1,197 @@
+"""What the transformer lets pass between frames, how it trains, and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastar.backbones.reference import BlockCausalAttend, FullAttend
+from fastar.backbones.wan import CausalWanTransformer, WanConfig
+
+CONFIG = WanConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=48, freq_dim=32, num_actions=5)
+FRAMES, GRID = 6, (2, 3)
+
+
+def values_only(stream: str, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token attends to itself alone, so frames can only differ by what enters them."""
+    return v
+
+
+def make_model(config: WanConfig = CONFIG) -> CausalWanTransformer:
+    torch.manual_seed(0)
+    model = CausalWanTransformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the head and the actions start at zero
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, FRAMES, 16, 2 * GRID[0], 2 * GRID[1], generator=generator)
+    timesteps = 1000 * torch.rand(2, FRAMES, generator=generator)
+    return latents, timesteps, torch.randint(5, (2, FRAMES), generator=generator)
+
+
+def frames_changed(before: Tensor, after: Tensor) -> list[int]:
+    changed = ((before - after).abs().amax(dim=(0, 2, 3, 4)) > 1e-6).nonzero().flatten()
+    return changed.tolist()
+
+
+@torch.no_grad()
+def test_timestep_action_and_latent_of_a_frame_reach_that_frame_alone() -> None:
+    model = make_model()
+    latents, timesteps, actions = make_inputs()
+    before = model(latents, timesteps, attend=values_only, actions=actions)
+    other_time, other_action, other_latent = timesteps.clone(), actions.clone(), latents.clone()
+    other_time[:, 2] = 10.0
+    other_action[:, 3] = (actions[:, 3] + 1) % 5
+    other_latent[:, 4, 7, 1, 2] += 1.0
+    assert frames_changed(before, model(latents, other_time, attend=values_only, actions=actions)) == [2]
+    assert frames_changed(before, model(latents, timesteps, attend=values_only, actions=other_action)) == [3]
+    assert frames_changed(before, model(other_latent, timesteps, attend=values_only, actions=actions)) == [4]
+
+
+@torch.no_grad()
+def test_block_causal_attention_passes_information_forward_and_within_chunks_only() -> None:
+    model = make_model()
+    latents, timesteps, actions = make_inputs()
+    attend = BlockCausalAttend(rope=model.rope, grid=GRID, chunk_frames=2)
+    before = model(latents, timesteps, attend=attend, actions=actions)
+    latents = latents.clone()
+    latents[:, 3] += 1.0
+    assert frames_changed(before, model(latents, timesteps, attend=attend, actions=actions)) == [2, 3, 4, 5]
+
+
+@torch.no_grad()
+def test_chunks_recomputed_on_their_own_history_equal_one_pass() -> None:
+    model = make_model()
+    latents, timesteps, actions = make_inputs()
+    attend = BlockCausalAttend(rope=model.rope, grid=GRID, chunk_frames=2)
+    whole = model(latents, timesteps, attend=attend, actions=actions)
+    for end in (2, 4):
+        part = model(latents[:, :end], timesteps[:, :end], attend=attend, actions=actions[:, :end])
+        torch.testing.assert_close(part, whole[:, :end], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_only_relative_frame_indices_matter_and_one_chunk_is_bidirectional() -> None:
+    model = make_model()
+    latents, timesteps, actions = make_inputs()
+    outputs = [
+        model(latents, timesteps, attend=attend, actions=actions)
+        for attend in (
+            FullAttend(rope=model.rope, grid=GRID),
+            FullAttend(rope=model.rope, grid=GRID, first_frame=1234),
+            BlockCausalAttend(rope=model.rope, grid=GRID, chunk_frames=FRAMES),
+        )
+    ]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(outputs[2], outputs[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_patches_are_those_of_a_strided_convolution() -> None:
+    model = make_model()
+    latents, _, _ = make_inputs()
+    expected = model.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model._patchify(latents, GRID), expected, rtol=0, atol=1e-5)
+
+
+def test_a_fresh_model_predicts_zero_and_every_parameter_learns() -> None:
+    torch.manual_seed(0)
+    config = WanConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=48, text_dim=8, num_actions=5)
+    model = CausalWanTransformer(config)
+    latents, timesteps, actions = make_inputs()
+    text = torch.randn(2, 3, 8)
+    attend = FullAttend(rope=model.rope, grid=GRID)
+    assert model(latents, timesteps, attend=attend, actions=actions, text=text).abs().max() == 0
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    model(latents, timesteps, attend=attend, actions=actions, text=text).square().mean().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []
+
+
+def test_compiled_autocast_training_step_matches_eager_float32() -> None:
+    model = make_model()
+    latents, timesteps, actions = make_inputs()
+    attend = BlockCausalAttend(rope=model.rope, grid=GRID, chunk_frames=2)
+    expected = model(latents, timesteps, attend=attend, actions=actions)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = compiled(latents, timesteps, attend=attend, actions=actions)
+    assert (velocity - expected).abs().max() < 0.05 * expected.abs().max()
+    velocity.float().square().mean().backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+@torch.no_grad()
+def test_numerics_agree_in_float32_and_keep_the_stream_where_they_say() -> None:
+    latents, timesteps, actions = make_inputs()
+    outputs, streams = {}, {}
+    for numerics in ("wan", "diffusers", "self_forcing"):
+        model = make_model(WanConfig(**(vars(CONFIG) | {"numerics": numerics})))
+        outputs[numerics] = model(latents, timesteps, attend=values_only, actions=actions)
+        model.bfloat16()
+        model.blocks[0].register_forward_hook(
+            lambda module, args, out, numerics=numerics: streams.__setitem__(numerics, out.dtype)
+        )
+        half = model(latents, timesteps, attend=values_only, actions=actions)
+        assert half.dtype == torch.bfloat16
+        assert (half - outputs[numerics]).abs().max() < 0.1 * outputs[numerics].abs().max()
+    assert torch.equal(outputs["wan"], outputs["diffusers"])
+    assert torch.equal(outputs["wan"], outputs["self_forcing"])
+    assert streams == {
+        "wan": torch.float32,
+        "diffusers": torch.bfloat16,
+        "self_forcing": torch.bfloat16,
+    }
+
+
+@torch.no_grad()
+def test_short_prompts_are_padded_with_zero_embeddings() -> None:
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "text_dim": 8}
+    padded = make_model(WanConfig(**sizes, text_len=6))
+    plain = make_model(WanConfig(**sizes))
+    latents, timesteps, _ = make_inputs()
+    text = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(2))
+    attend = FullAttend(rope=plain.rope, grid=GRID)
+    by_hand = plain(latents, timesteps, attend=attend, text=torch.cat([text, torch.zeros(2, 2, 8)], dim=1))
+    assert torch.equal(padded(latents, timesteps, attend=attend, text=text), by_hand)
+    assert not torch.allclose(plain(latents, timesteps, attend=attend, text=text), by_hand)
+    with pytest.raises(ValueError, match="7 tokens and the backbone reads 6"):
+        padded(latents, timesteps, attend=attend, text=torch.zeros(2, 7, 8))
+
+
+def test_inputs_that_do_not_fit_are_refused_in_one_sentence() -> None:
+    model = make_model()
+    latents, timesteps, actions = make_inputs()
+
+    def forward(latents: Tensor, timesteps: Tensor, **inputs: Tensor) -> Tensor:
+        return model(latents, timesteps, attend=values_only, **inputs)
+
+    with pytest.raises(ValueError, match=r"latents must be \[batch, frames, 16, h, w\]"):
+        forward(latents[:, :, :8], timesteps, actions=actions)
+    with pytest.raises(ValueError, match=r"timesteps must be one per frame, \(2, 6\)"):
+        forward(latents, timesteps[:, 0], actions=actions)
+    with pytest.raises(ValueError, match=r"actions must be one per frame, \(2, 6\)"):
+        forward(latents, timesteps, actions=actions[:, :5])
+    with pytest.raises(ValueError, match="num_actions is 5"):
+        forward(latents, timesteps)
+    with pytest.raises(ValueError, match="text_dim is None"):
+        forward(latents, timesteps, actions=actions, text=torch.zeros(2, 3, 8))
+    with pytest.raises(ValueError, match="3x6 do not divide into 2x2 patches"):
+        forward(latents[:, :, :, :3], timesteps, actions=actions)
+    with pytest.raises(ValueError, match="10 tokens are not whole frames of 6"):
+        FullAttend(rope=model.rope, grid=GRID)("self", 0, *torch.zeros(3, 1, 2, 10, 16))
+    with pytest.raises(ValueError, match="chunk_frames must be at least 1"):
+        BlockCausalAttend(rope=model.rope, grid=GRID, chunk_frames=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_heads": 3}, "not divisible by num_heads 3"), ({"numerics": "half"}, "got 'half'")],
+)
+def test_configs_that_cannot_be_built_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WanConfig(**(vars(CONFIG) | change))
