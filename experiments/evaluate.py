@@ -43,6 +43,9 @@ class Evaluation:
         self.config = config
         self.device = torch.device(config.device if config.device != "auto" else _best_device())
         self.backbone: Backbone = load_backbone(config.checkpoint, device=self.device)
+        if self.backbone.autoencoder is None:
+            raise ValueError(f"{config.checkpoint} has no autoencoder to see pixels with: use another checkpoint")
+        self.autoencoder = self.backbone.autoencoder
         self.loop: ChunkLoop = instantiate(config.rollout, chunk_frames=self.backbone.config.chunk_frames)
         self.output = Path(config.output)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -57,12 +60,14 @@ class Evaluation:
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 [B, F, H, W, 3] -> latents, a few frames at a time."""
-        parts = [self.backbone.autoencoder.encode(to_model_range(part)) for part in frames.split(32, dim=1)]
+        parts = [self.autoencoder.encode(to_model_range(part)) for part in frames.split(32, dim=1)]
         return torch.cat(parts, dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> uint8 frames, a few frames at a time."""
-        return torch.cat([to_uint8(self.backbone.autoencoder.decode(part)) for part in latents.split(32, dim=1)], dim=1)
+        return torch.cat(
+            [to_uint8(self.autoencoder.decode(part)) for part in latents.split(32, dim=1)], dim=1
+        )
 
     def rollout(self, batch: int, method: Method | None = None, first_seed: int = 0) -> Any:
         """A fresh rollout, dense unless a method is given."""
@@ -146,7 +151,7 @@ def action_following(ev: Evaluation) -> None:
 
 
 def memory(ev: Evaluation) -> None:
-    """Dense against a 16-frame window where pixels return that the window has forgotten (history true, way back generated)."""
+    """Dense against a 16-frame window where pixels return that the window forgot: true history, way back generated."""
     methods = {
         "dense": Method(name="dense"),
         "window_16": Method(name="window", cache=lambda: WindowCache(budget_frames=17.0)),
@@ -171,8 +176,7 @@ def memory(ev: Evaluation) -> None:
         for name, shown in results.items():
             scores[name] += masked_psnr(shown, truth, batch["return_masks"]).tolist()
         if not sheet:
-            shown = {"truth": truth, **results}
-            sheet = {name: video[:8, -1].cpu().numpy() for name, video in shown.items()}
+            sheet = {name: video[:8, -1].cpu().numpy() for name, video in {"truth": truth, **results}.items()}
     gain = paired_difference(scores["dense"], scores["window_16"])
     means = {f"{name}_psnr": interval(values).mean for name, values in scores.items()}
     ev.report("memory", **means, gain=gain.mean, gain_low=gain.low, gain_high=gain.high, returns=gain.n)
@@ -182,7 +186,10 @@ def memory(ev: Evaluation) -> None:
 def drift(ev: Evaluation) -> None:
     """Frechet distance of free rollouts to real frames of the same indices: frames 1-90 against 100-190."""
     chunk = ev.loop.chunk_frames
-    parts = {"early": slice(0, 90), "late": slice(100 - chunk, 190 - chunk)}  # counted from the first generated frame
+    parts = {
+        "early": slice(0, 90),
+        "late": slice(100 - chunk, 190 - chunk),
+    }  # counted from the first generated frame
     metrics = {name: FrechetDistance().to(ev.device) for name in parts}
     length, frames_a_side = 192, 0
     sheet: dict[str, Any] = {}
@@ -198,7 +205,10 @@ def drift(ev: Evaluation) -> None:
         frames_a_side += len(frames) * 90
         if not sheet:
             for clip in range(min(3, len(frames))):
-                sheet |= {f"real {clip}": real[clip].cpu().numpy(), f"free {clip}": generated[clip].cpu().numpy()}
+                sheet |= {
+                    f"real {clip}": real[clip].cpu().numpy(),
+                    f"free {clip}": generated[clip].cpu().numpy(),
+                }
     early, late = (float(metrics[name].compute()) for name in parts)
     ev.report("drift", early=early, late=late, ratio=late / early, frames=frames_a_side)
     contact_sheet(sheet, columns=10, first_frame=chunk).save(ev.output / "drift.png")

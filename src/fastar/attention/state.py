@@ -72,7 +72,7 @@ class AttentionState:
         cross_selector: which text tokens are kept.
         engine: name of an attention engine, or `auto` (chosen once, see `self.engine`).
         rope, grid: the backbone's rotary embedding and tokens per frame (rows, columns).
-        num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the attention calls to come.
+        num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the calls to come.
         recorders: see every attention call.
     """
 
@@ -121,7 +121,9 @@ class AttentionState:
         if self.context is not None:
             raise RuntimeError("begin_pass was called inside a pass: call end_pass or abort_pass first")
         self.context = context
-        self._positions = grid_positions(context.first_frame, context.num_frames, self.grid, device=self.device)
+        self._positions = grid_positions(
+            context.first_frame, context.num_frames, self.grid, device=self.device
+        )
 
     def end_pass(self) -> None:
         """Close the pass; if it commits, the staged keys of all layers enter the cache together."""

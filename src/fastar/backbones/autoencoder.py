@@ -52,6 +52,20 @@ class ResidualBlock(nn.Module):
         return x + self.layers(x)
 
 
+class LinearPlus(nn.Module):
+    """A linear map of 8x8 patches plus a network that starts at zero and learns what the linear map misses."""
+
+    def __init__(self, linear: nn.Module, network: nn.Sequential) -> None:
+        super().__init__()
+        self.linear, self.network = linear, network
+        last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.network(x)
+
+
 class Autoencoder(nn.Module):
     """Frames to latents at 1/8 of their size, and back.
 
@@ -68,7 +82,7 @@ class Autoencoder(nn.Module):
         self.config = config
         half, quarter, eighth = config.encoder_widths
         blocks = [[ResidualBlock(w) for _ in range(n)] for w, n in _stages(config, "encoder")]
-        self.encoder = nn.Sequential(
+        network = nn.Sequential(
             nn.PixelUnshuffle(2),
             nn.Conv2d(4 * 3, half, 3, padding=1),
             *blocks[0],
@@ -80,9 +94,11 @@ class Autoencoder(nn.Module):
             *blocks[2],
             *_norm_conv(eighth, config.latent_channels),
         )
+        patch_values = 3 * SCALE**2
+        self.encoder = LinearPlus(nn.Conv2d(3, config.latent_channels, SCALE, stride=SCALE), network)
         half, quarter, eighth = config.decoder_widths
         blocks = [[ResidualBlock(w) for _ in range(n)] for w, n in _stages(config, "decoder")]
-        self.decoder = nn.Sequential(
+        network = nn.Sequential(
             nn.Conv2d(config.latent_channels, eighth, 3, padding=1),
             *blocks[2],
             nn.Conv2d(eighth, 4 * quarter, 1),
@@ -94,6 +110,8 @@ class Autoencoder(nn.Module):
             *_norm_conv(half, 4 * 3),
             nn.PixelShuffle(2),
         )
+        unpatch = nn.Sequential(nn.Conv2d(config.latent_channels, patch_values, 1), nn.PixelShuffle(SCALE))
+        self.decoder = LinearPlus(unpatch, network)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -123,6 +141,23 @@ class Autoencoder(nn.Module):
         """Pixels [B, F, 3, 8h, 8w] of latents as `encode_raw` gives them."""
         self._check_latents(latents)
         return _each_frame(self.decoder, latents)
+
+    @torch.no_grad()
+    def fit_linear(self, pixels: Tensor) -> None:
+        """Start the linear parts as the principal components of the 8x8 patches of pixels [N, 3, H, W] in [-1, 1].
+
+        This alone is the best linear autoencoder of its size: training starts from there instead of from noise.
+        """
+        patches = nn.functional.unfold(pixels.float(), SCALE, stride=SCALE).transpose(1, 2).flatten(0, 1)
+        mean = patches.mean(0)
+        _, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        basis = vectors.flip(1)[:, : self.config.latent_channels].T  # [C, 192], strongest first
+        basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # the sign is arbitrary: fix it
+        encode, decode = self.encoder.linear, self.decoder.linear[0]
+        encode.weight.copy_(basis.view_as(encode.weight))
+        encode.bias.copy_(-basis @ mean)
+        decode.weight.copy_(basis.T.reshape(decode.weight.shape))
+        decode.bias.copy_(mean)
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -158,7 +193,7 @@ def _norm_conv(width: int, out_width: int) -> tuple[nn.GroupNorm, nn.SiLU, nn.Co
     return nn.GroupNorm(width // GROUP_SIZE, width), nn.SiLU(), nn.Conv2d(width, out_width, 3, padding=1)
 
 
-def _each_frame(network: nn.Sequential, video: Tensor) -> Tensor:
+def _each_frame(network: nn.Module, video: Tensor) -> Tensor:
     """Run a 2-D network over the frames of [B, F, C, H, W], channels last: the faster layout."""
     frames = video.flatten(0, 1).to(next(network.parameters()).dtype)
     return network(frames.contiguous(memory_format=torch.channels_last)).unflatten(0, video.shape[:2])

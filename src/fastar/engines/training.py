@@ -28,16 +28,27 @@ class TeacherForcingAttend:
     """
 
     def __init__(
-        self, rope: RotaryEmbedding, *, grid: tuple[int, int], num_frames: int, chunk_frames: int, device: torch.device
+        self,
+        rope: RotaryEmbedding,
+        *,
+        grid: tuple[int, int],
+        num_frames: int,
+        chunk_frames: int,
+        device: torch.device,
     ) -> None:
         if num_frames % chunk_frames:
-            raise ValueError(f"a clip of {num_frames} frames is not a whole number of {chunk_frames}-frame chunks")
+            raise ValueError(
+                f"a clip of {num_frames} frames is not a whole number of {chunk_frames}-frame chunks"
+            )
         self.rope, self.grid, self.num_frames = rope, grid, num_frames
         chunk_tokens = chunk_frames * grid[0] * grid[1]
         clip_tokens = num_frames * grid[0] * grid[1]
 
         def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            query_chunk, key_chunk = (query % clip_tokens) // chunk_tokens, (key % clip_tokens) // chunk_tokens
+            query_chunk, key_chunk = (
+                (query % clip_tokens) // chunk_tokens,
+                (key % clip_tokens) // chunk_tokens,
+            )
             key_is_clean, query_is_clean = key < clip_tokens, query < clip_tokens
             history = key_is_clean & (key_chunk < query_chunk)
             same_chunk = (key_is_clean == query_is_clean) & (key_chunk == query_chunk)

@@ -16,7 +16,7 @@ class ChunkLoop:
         chunk_frames: latent frames denoised together.
         timesteps: noise level of each denoising pass, 1000 first, falling (`fastar.rollout.schedules`).
         commit_timestep: noise level at which the finished chunk is cached (Self-Forcing's context noise).
-        renoise: True draws fresh noise between steps (distilled few-step models, `wan.md` section 5); False takes
+        renoise: True draws fresh noise between steps (distilled few-step models, as Self-Forcing does); False takes
             Euler steps along the velocity (models trained by plain flow matching).
     """
 

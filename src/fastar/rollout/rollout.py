@@ -58,7 +58,9 @@ class Rollout:
         """Push true history [B, F, C, h, w] through the commit pass, chunk by chunk (F a multiple of the chunk)."""
         for start in self._chunk_starts(latents.shape[1]):
             part = slice(start, start + self.loop.chunk_frames)
-            self.commit(latents[:, part], None if actions is None else actions[:, part], kind=PassKind.PREFILL)
+            self.commit(
+                latents[:, part], None if actions is None else actions[:, part], kind=PassKind.PREFILL
+            )
 
     @torch.inference_mode()
     def generate(self, num_frames: int, actions: Tensor | None = None) -> Iterator[Tensor]:
@@ -86,7 +88,9 @@ class Rollout:
         return clean
 
     @torch.inference_mode()
-    def denoise(self, actions: Tensor | None = None, on_step: Callable[[Tensor], None] | None = None) -> Tensor:
+    def denoise(
+        self, actions: Tensor | None = None, on_step: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         """Denoise the next chunk without committing it (protocol A and B look at this one chunk).
 
         Args:
@@ -113,7 +117,9 @@ class Rollout:
         return latents
 
     @torch.inference_mode()
-    def commit(self, clean: Tensor, actions: Tensor | None = None, *, kind: PassKind = PassKind.COMMIT) -> None:
+    def commit(
+        self, clean: Tensor, actions: Tensor | None = None, *, kind: PassKind = PassKind.COMMIT
+    ) -> None:
         """Cache the clean chunk [B, n, C, h, w] and move on to the next one."""
         with self._timed("commit"):
             self.run_pass(self.loop.commit_pass(self.next_frame, kind), clean, actions)
@@ -132,9 +138,10 @@ class Rollout:
             ).float()
             # one look a chunk: a check of every pass would make the GPU wait for the host
             if context.commits and not torch.isfinite(velocity).all():
+                last_frame = context.first_frame + context.num_frames - 1
                 raise NonFiniteError(
-                    f"frames {context.first_frame}-{context.first_frame + context.num_frames - 1}, {context.kind} pass: "
-                    "the backbone returned NaN or infinity; the cache is as it was before this chunk"
+                    f"the backbone returned NaN or infinity in the {context.kind} pass of frames {context.first_frame} "
+                    f"to {last_frame}: the cache is as it was before this chunk"
                 )
         except BaseException:
             self.state.abort_pass()
@@ -153,7 +160,9 @@ class Rollout:
             ValueError: the saved rollout had other seeds.
         """
         if list(saved["seeds"]) != self.seeds:
-            raise ValueError(f"the saved rollout has seeds {saved['seeds']}, this one {self.seeds}: use the same seeds")
+            raise ValueError(
+                f"the saved rollout has seeds {saved['seeds']}, this one {self.seeds}: use the same seeds"
+            )
         self.next_frame = int(saved["next_frame"])
         self.state.load_state_dict(saved["attention"])
 

@@ -1,4 +1,4 @@
-"""Noise schedules of flow-matching samplers (`wan.md` section 4: v = noise - x0, x_t = (1 - sigma) x0 + sigma noise)."""
+"""Noise schedules of flow-matching samplers, as in Wan: v = noise - x0, x_t = (1 - sigma) x0 + sigma noise."""
 
 from collections.abc import Sequence
 

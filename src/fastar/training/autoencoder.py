@@ -20,7 +20,9 @@ class AutoencoderModule(TimedModule):
         compile: torch.compile the encoder and the decoder.
     """
 
-    def __init__(self, autoencoder: Autoencoder, *, latent_noise: float, compile: bool, **limits: Any) -> None:
+    def __init__(
+        self, autoencoder: Autoencoder, *, latent_noise: float, compile: bool, **limits: Any
+    ) -> None:
         super().__init__(**limits)
         self.autoencoder = autoencoder
         self.latent_noise, self.compile_networks = latent_noise, compile
@@ -59,10 +61,17 @@ def vary_appearance(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_latents(autoencoder: Autoencoder, clips: list[Tensor]) -> None:
-    """Store the per-channel mean and standard deviation of the latents of `clips` ([B, F, H, W, 3] uint8 each)."""
+def measure_latents(autoencoder: Autoencoder, clips: list[Tensor], *, temper: float) -> None:
+    """Store the statistics that `encode` normalises by, from `clips` ([B, F, H, W, 3] uint8 each).
+
+    With `temper` 0 every channel gets unit variance, fine unpredictable detail as much as shapes; with 1 all channels
+    share one scale, as in pixel space, and shapes drown detail. Between them a channel's normalised standard deviation
+    is proportional to its own to the power `temper`; the mean variance over channels is 1.
+    """
     device = next(autoencoder.parameters()).device
     latents = torch.cat(
         [autoencoder.encode_raw(to_model_range(clip.to(device))).float().flatten(0, 1) for clip in clips]
     )
-    autoencoder.set_latent_statistics(latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    wanted = std**temper
+    autoencoder.set_latent_statistics(mean, std / (wanted / wanted.square().mean().sqrt()))

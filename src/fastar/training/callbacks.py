@@ -67,7 +67,11 @@ class ProgressLine(Callback):
         if step % self.every_steps and step != 1:
             return
         now = time.monotonic()
-        rate = "" if self._since is None else f" {(step - self._since[0]) / (now - self._since[1]):.2f} steps/s"
+        rate = (
+            "" if self._since is None else f" {(step - self._since[0]) / (now - self._since[1]):.2f} steps/s"
+        )
         self._since = (step, now)
-        values = " ".join(f"{name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items()))
+        values = " ".join(
+            f"{name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
+        )
         rank_zero_info(f"step {step}{rate} {values}")

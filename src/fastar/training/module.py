@@ -59,7 +59,9 @@ class TimedModule(lightning.LightningModule):
         counted = self.optimizers()
         first = counted[0] if isinstance(counted, list) else counted
         optimizers = self.trainer.optimizers
-        if self.steps_done % SYNC_EVERY == 0:  # all ranks follow rank 0's clock, or their learning rates would part
+        if (
+            self.steps_done % SYNC_EVERY == 0
+        ):  # all ranks follow rank 0's clock, or their learning rates would part
             self.share_done = self.trainer.strategy.broadcast(self.progress.done(self.steps_done))
         rate = self.learning_rate * self.progress.scale(self.steps_done, self.share_done)
         set_learning_rate(optimizers, rate)

@@ -33,6 +33,14 @@ def make_loader(
     )
 
 
+def interrupted_steps(output: Path, name: str) -> int:
+    """Optimiser steps that an interrupted stage `name` in `output` has done; 0 if there is none."""
+    unfinished = output / name / "last.ckpt"
+    if not unfinished.exists():
+        return 0
+    return int(torch.load(unfinished, map_location="cpu", weights_only=False)["progress"]["steps"])
+
+
 def fit(
     module: TimedModule,
     loader: DataLoader[dict[str, torch.Tensor]],
@@ -51,8 +59,12 @@ def fit(
     folder = output / name
     on_gpu = torch.cuda.is_available()
     checkpoints = ModelCheckpoint(
-        folder, filename="last", save_top_k=1, train_time_interval=timedelta(minutes=export_every_minutes), enable_version_counter=False
-    )  # fmt: skip
+        folder,
+        filename="last",
+        save_top_k=1,
+        train_time_interval=timedelta(minutes=export_every_minutes),
+        enable_version_counter=False,
+    )
     ema = ExportingEMA(
         decay=ema_decay, export=export, folder=output / f"{name}_ema", every_minutes=export_every_minutes
     )
@@ -70,7 +82,9 @@ def fit(
         num_sanity_val_steps=0,
     )
     unfinished = folder / "last.ckpt"
-    trainer.fit(module, loader, ckpt_path=str(unfinished) if unfinished.exists() else None, weights_only=False)
+    trainer.fit(
+        module, loader, ckpt_path=str(unfinished) if unfinished.exists() else None, weights_only=False
+    )
     if trainer.is_global_zero:
         export(module, ema.folder)
         unfinished.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from fastar.training.module import TimedModule
 class WorldModelModule(TimedModule):
     """Velocity loss on every chunk of a clip, each given the clean history before it.
 
-    v = noise - x0, x_t = (1 - sigma) x0 + sigma * noise (`wan.md` section 4); one sigma per chunk. Two remedies
+    v = noise - x0, x_t = (1 - sigma) x0 + sigma * noise as in Wan 2.1; one sigma per chunk. Two remedies
     against drift: some clips carry *labelled* noise on their history, and in some steps a part of the history is
     the model's own one-step prediction, *not* labelled, as it will be in a free rollout.
 
@@ -91,11 +91,19 @@ class WorldModelModule(TimedModule):
         return {"loss": errors.mean(), "loss_second_half": late}
 
     def _velocity(
-        self, history: Tensor, history_sigma: Tensor, noisy: Tensor, sigma: Tensor, actions: Tensor, attend: Any
+        self,
+        history: Tensor,
+        history_sigma: Tensor,
+        noisy: Tensor,
+        sigma: Tensor,
+        actions: Tensor,
+        attend: Any,
     ) -> Tensor:
         timesteps = 1000.0 * torch.cat([history_sigma, sigma], dim=1)
         latents = torch.cat([history, noisy], dim=1)
-        out = self.transformer(latents, timesteps, attend=attend, actions=torch.cat([actions, actions], dim=1))
+        out = self.transformer(
+            latents, timesteps, attend=attend, actions=torch.cat([actions, actions], dim=1)
+        )
         return out[:, noisy.shape[1] :].float()
 
     def _attend_for(self, clean: Tensor) -> TeacherForcingAttend:
