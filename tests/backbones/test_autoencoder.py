@@ -89,3 +89,23 @@ def test_shapes_and_statistics_that_do_not_fit_are_refused() -> None:
         AutoencoderConfig(decoder_widths=(16, 24, 32))
     with pytest.raises(ValueError, match="three numbers"):
         AutoencoderConfig(encoder_blocks=(1, 1))
+
+
+def test_fit_linear_is_the_projection_on_principal_components() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(192, 192, generator=generator) * torch.linspace(1, 0, 192) ** 4
+    patches = (
+        torch.randn(64, 192, generator=generator) @ mixing.T / 60
+    )  # few directions hold most of the variance
+    pixels = torch.nn.functional.fold(patches.T[None], (64, 64), 8, stride=8)
+    autoencoder = Autoencoder(AutoencoderConfig(latent_channels=16))
+    autoencoder.fit_linear(pixels)
+    with torch.no_grad():
+        restored = autoencoder.decode_raw(autoencoder.encode_raw(pixels[None]))[0]
+    centred = patches - patches.mean(0)
+    _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
+    expected = centred @ vectors[:16].T @ vectors[:16] + patches.mean(0)
+    assert torch.allclose(
+        restored, torch.nn.functional.fold(expected.T[None], (64, 64), 8, stride=8)[0], atol=1e-4
+    )
+    assert 0.1 < values[16:].square().sum() / values.square().sum() < 0.9  # something is kept, something is lost

@@ -52,15 +52,25 @@ class ResidualBlock(nn.Module):
         return x + self.layers(x)
 
 
+class Unpatch(nn.Conv2d):
+    """One linear map from each latent to the pixels of its 8x8 patch."""
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__(latent_channels, 3 * SCALE**2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(super().forward(x), SCALE)
+
+
 class LinearPlus(nn.Module):
     """A linear map of 8x8 patches plus a network that starts at zero and learns what the linear map misses."""
 
-    def __init__(self, linear: nn.Module, network: nn.Sequential) -> None:
+    def __init__(self, linear: nn.Conv2d, network: nn.Sequential) -> None:
         super().__init__()
         self.linear, self.network = linear, network
         last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.network(x)
@@ -94,7 +104,6 @@ class Autoencoder(nn.Module):
             *blocks[2],
             *_norm_conv(eighth, config.latent_channels),
         )
-        patch_values = 3 * SCALE**2
         self.encoder = LinearPlus(nn.Conv2d(3, config.latent_channels, SCALE, stride=SCALE), network)
         half, quarter, eighth = config.decoder_widths
         blocks = [[ResidualBlock(w) for _ in range(n)] for w, n in _stages(config, "decoder")]
@@ -110,8 +119,7 @@ class Autoencoder(nn.Module):
             *_norm_conv(half, 4 * 3),
             nn.PixelShuffle(2),
         )
-        unpatch = nn.Sequential(nn.Conv2d(config.latent_channels, patch_values, 1), nn.PixelShuffle(SCALE))
-        self.decoder = LinearPlus(unpatch, network)
+        self.decoder = LinearPlus(Unpatch(config.latent_channels), network)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -152,12 +160,16 @@ class Autoencoder(nn.Module):
         mean = patches.mean(0)
         _, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         basis = vectors.flip(1)[:, : self.config.latent_channels].T  # [C, 192], strongest first
-        basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # the sign is arbitrary: fix it
-        encode, decode = self.encoder.linear, self.decoder.linear[0]
-        encode.weight.copy_(basis.view_as(encode.weight))
-        encode.bias.copy_(-basis @ mean)
-        decode.weight.copy_(basis.T.reshape(decode.weight.shape))
-        decode.bias.copy_(mean)
+        basis = (
+            basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+        )  # the sign is arbitrary: fix it
+        for linear, weight, bias in (
+            (self.encoder.linear, basis, -basis @ mean),
+            (self.decoder.linear, basis.T, mean),
+        ):
+            linear.weight.copy_(weight.reshape(linear.weight.shape))
+            assert linear.bias is not None
+            linear.bias.copy_(bias)
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:

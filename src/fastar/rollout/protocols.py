@@ -98,8 +98,7 @@ def lockstep_a(
         part = slice(first, first + step)
         chunk_actions = None if actions is None else actions[:, part]
         for name, student in students.items():
-            student.next_frame = first
-            student.state.forget_working_copies()
+            student.follow(teacher)
             yield first, name, student.denoise(chunk_actions)
         teacher.commit(trajectory[:, part], chunk_actions)
 

@@ -52,6 +52,9 @@ class Rollout:
         self.latent_shape = tuple(latent_shape)
         self.next_frame = 0
         self.device = next(transformer.parameters()).device
+        self.pose = (
+            None if transformer.odometer is None else transformer.odometer.start(len(self.seeds), self.device)
+        )
 
     @torch.inference_mode()
     def prefill(self, latents: Tensor, actions: Tensor | None = None) -> None:
@@ -124,6 +127,8 @@ class Rollout:
         with self._timed("commit"):
             self.run_pass(self.loop.commit_pass(self.next_frame, kind), clean, actions)
         self.next_frame += self.loop.chunk_frames
+        if self.pose is not None and actions is not None:
+            self.pose = self._poses(actions)[:, -1]
 
     def run_pass(self, context: PassContext, latents: Tensor, actions: Tensor | None) -> Tensor:
         """One forward under `context`; the state commits only if its result is finite."""
@@ -135,6 +140,7 @@ class Rollout:
                 timesteps.expand(latents.shape[0], -1),
                 attend=self.state.attend,
                 actions=None if actions is None else actions.to(self.device),
+                odometry=self._odometry(actions),
             ).float()
             # one look a chunk: a check of every pass would make the GPU wait for the host
             if context.commits and not torch.isfinite(velocity).all():
@@ -149,9 +155,19 @@ class Rollout:
         self.state.end_pass()
         return velocity
 
+    def follow(self, other: "Rollout") -> None:
+        """Stand where `other` stands, whose commits have filled this rollout's cache (protocol A)."""
+        self.next_frame, self.pose = other.next_frame, other.pose
+        self.state.forget_working_copies()
+
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-for-bit continuation needs, tensors on the CPU."""
-        return {"next_frame": self.next_frame, "seeds": self.seeds, "attention": self.state.state_dict()}
+        return {
+            "next_frame": self.next_frame,
+            "seeds": self.seeds,
+            "pose": None if self.pose is None else self.pose.cpu(),
+            "attention": self.state.state_dict(),
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -164,7 +180,19 @@ class Rollout:
                 f"the saved rollout has seeds {saved['seeds']}, this one {self.seeds}: use the same seeds"
             )
         self.next_frame = int(saved["next_frame"])
+        self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
+
+    def _poses(self, actions: Tensor) -> Tensor:
+        """Poses [B, n, 3] of the frames that follow the last committed one under `actions` [B, n]."""
+        assert self.transformer.odometer is not None and self.pose is not None
+        return self.transformer.odometer.advance(self.pose, actions.to(self.device))
+
+    def _odometry(self, actions: Tensor | None) -> Tensor | None:
+        """Pose features of the current chunk, for a backbone that wants them."""
+        if self.transformer.odometer is None or actions is None:
+            return None
+        return self.transformer.odometer.features(self._poses(actions))
 
     def _chunk_starts(self, num_frames: int) -> range:
         if num_frames < 1 or num_frames % self.loop.chunk_frames:

@@ -73,19 +73,20 @@ class WorldModelModule(TimedModule):
         attend = self._attend_for(clean)
         attend.place(int(torch.randint(self.max_first_frame + 1, ()).item()))
 
+        conditions = self._conditions(actions)
         sigma = self._draw_sigma(clean)
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, _per_frame(sigma))
         history, history_sigma = self._noised_history(clean)
         if self.share_done >= self.self_history_from and torch.rand(()).item() < self.self_history_share:
             with torch.no_grad():
-                velocity = self._velocity(history, history_sigma, noisy, sigma, actions, attend)
+                velocity = self._velocity(history, history_sigma, noisy, sigma, conditions, attend)
                 predicted = noisy - _per_frame(sigma) * velocity
                 chunk_is_predicted = torch.rand_like(sigma[:, :: self.chunk_frames]) < 0.5
                 replaced = chunk_is_predicted.repeat_interleave(self.chunk_frames, dim=1)
                 history = torch.where(_per_frame(replaced), predicted, history)
             torch.clear_autocast_cache()  # it holds weights cast without a graph
-        velocity = self._velocity(history, history_sigma, noisy, sigma, actions, attend)
+        velocity = self._velocity(history, history_sigma, noisy, sigma, conditions, attend)
         errors = functional.mse_loss(velocity, noise - clean, reduction="none").mean(dim=(2, 3, 4))
         late = errors[:, frames // 2 :].mean().detach()
         return {"loss": errors.mean(), "loss_second_half": late}
@@ -96,15 +97,22 @@ class WorldModelModule(TimedModule):
         history_sigma: Tensor,
         noisy: Tensor,
         sigma: Tensor,
-        actions: Tensor,
-        attend: Any,
+        conditions: dict[str, Tensor],
+        attend: TeacherForcingAttend,
     ) -> Tensor:
         timesteps = 1000.0 * torch.cat([history_sigma, sigma], dim=1)
         latents = torch.cat([history, noisy], dim=1)
-        out = self.transformer(
-            latents, timesteps, attend=attend, actions=torch.cat([actions, actions], dim=1)
-        )
+        twice = {name: torch.cat([value, value], dim=1) for name, value in conditions.items()}
+        out = self.transformer(latents, timesteps, attend=attend, **twice)
         return out[:, noisy.shape[1] :].float()
+
+    def _conditions(self, actions: Tensor) -> dict[str, Tensor]:
+        """What the transformer is told of each frame: its action and, if it has an odometer, its pose."""
+        odometer = self.transformer.odometer
+        if odometer is None:
+            return {"actions": actions}
+        start = odometer.random_start(len(actions), actions.device)
+        return {"actions": actions, "odometry": odometer.features(odometer.advance(start, actions))}
 
     def _attend_for(self, clean: Tensor) -> TeacherForcingAttend:
         if self._attend is None or self._attend.num_frames != clean.shape[1]:

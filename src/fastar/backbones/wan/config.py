@@ -12,7 +12,9 @@ Numerics = Literal["wan", "diffusers", "self_forcing"]
 class WanConfig:
     """Sizes of a causal Wan transformer.
 
-    `text_dim` None means no text cross-attention, `num_actions` None no action input. Text shorter than
+    `text_dim` None means no text cross-attention, `num_actions` None no action input.
+    `action_motions` gives (steps forward, degrees to the left) of each action; with it every frame is also told
+    its pose by dead reckoning (`fastar.backbones.odometry`). Text shorter than
     `text_len` is padded with zero embeddings, as Wan does; None takes any length as it is. `numerics` says
     where float32 is used in a bfloat16 model: `wan` keeps the residual stream, norms and modulation in
     float32; `diffusers` computes norms and modulation in float32 and stores the stream in the model's dtype;
@@ -29,6 +31,7 @@ class WanConfig:
     text_dim: int | None = None
     text_len: int | None = None
     num_actions: int | None = None
+    action_motions: tuple[tuple[float, float], ...] | None = None
     patch: int = 2
     eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -37,6 +40,13 @@ class WanConfig:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change either.")
+        if self.action_motions is not None:
+            motions = tuple((float(step), float(turn)) for step, turn in self.action_motions)
+            object.__setattr__(self, "action_motions", motions)  # YAML and JSON hold lists
+            if len(motions) != self.num_actions:
+                raise ValueError(
+                    f"action_motions needs one pair for each of the {self.num_actions} actions, got {len(motions)}."
+                )
         if self.numerics not in ("wan", "diffusers", "self_forcing"):
             raise ValueError(f"numerics must be wan, diffusers or self_forcing, got {self.numerics!r}.")
 

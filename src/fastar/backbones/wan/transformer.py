@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastar.attention.context import Attend
 from fastar.attention.rope import RotaryEmbedding
+from fastar.backbones.odometry import Odometer
 from fastar.backbones.wan.config import WanConfig
 from fastar.backbones.wan.layers import WanBlock, WanHead
 
@@ -44,6 +45,12 @@ class CausalWanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         if config.num_actions is not None:
             self.action_embedding = nn.Embedding(config.num_actions, dim)
+        self.odometer: Odometer | None = None
+        if config.action_motions is not None:
+            self.odometer = Odometer(config.action_motions)
+            self.odometry_embedding = nn.Sequential(
+                nn.Linear(self.odometer.num_features, dim), nn.SiLU(), nn.Linear(dim, dim)
+            )
         self.blocks = nn.ModuleList(WanBlock(config, layer) for layer in range(config.num_layers))
         self.head = WanHead(config)
         self.init_weights()
@@ -61,6 +68,8 @@ class CausalWanTransformer(nn.Module):
         embeddings = [self.time_embedding, self.time_projection]
         if self.config.text_dim is not None:
             embeddings.append(self.text_embedding)
+        if self.config.action_motions is not None:
+            embeddings.append(self.odometry_embedding)
         for embedding in embeddings:
             for module in embedding:
                 if isinstance(module, nn.Linear):
@@ -86,18 +95,19 @@ class CausalWanTransformer(nn.Module):
         *,
         attend: Attend,
         actions: Tensor | None = None,
+        odometry: Tensor | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
         """Velocity (noise - clean) [B, F, out_channels, h, w] of `latents` [B, F, in_channels, h, w].
 
         `timesteps` [B, F] are noise levels, 0 (clean) to 1000 (noise), one per frame; `actions` [B, F] int64
-        is what led to each frame; `text` [B, S, text_dim] are the prompt's token embeddings. Raises
-        ValueError on shapes that do not fit, and when an input the config asks for is missing or one it has
-        no use for is given.
+        is what led to each frame, `odometry` [B, F, K] the features of its pose (`self.odometer`); `text`
+        [B, S, text_dim] are the prompt's token embeddings. Raises ValueError on shapes that do not fit, and
+        when an input the config asks for is missing or one it has no use for is given.
         """
-        self._check(latents, timesteps, actions, text)
+        self._check(latents, timesteps, actions, odometry, text)
         grid = self.grid_of(latents)
-        e = self._embed_time(timesteps, actions)
+        e = self._embed_time(timesteps, actions, odometry)
         modulation = self._project_time(e)
         tokens = self._patchify(latents, grid)
         if text is not None:
@@ -106,7 +116,14 @@ class CausalWanTransformer(nn.Module):
             tokens = block(tokens, modulation, text, attend)
         return self._unpatchify(self.head(tokens, e), grid)
 
-    def _check(self, latents: Tensor, timesteps: Tensor, actions: Tensor | None, text: Tensor | None) -> None:
+    def _check(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        actions: Tensor | None,
+        odometry: Tensor | None,
+        text: Tensor | None,
+    ) -> None:
         config = self.config
         if latents.dim() != 5 or latents.shape[2] != config.in_channels:
             raise ValueError(
@@ -124,17 +141,29 @@ class CausalWanTransformer(nn.Module):
             raise ValueError(
                 f"actions must be one per frame, {tuple(latents.shape[:2])}, got {tuple(actions.shape)}."
             )
+        if (odometry is None) != (self.odometer is None):
+            raise ValueError(
+                "Pass odometry exactly when the backbone has an odometer (config.action_motions)."
+            )
+        if odometry is not None and odometry.shape[:2] != latents.shape[:2]:
+            raise ValueError(
+                f"odometry must be one row per frame, {tuple(latents.shape[:2])}, got {tuple(odometry.shape)}."
+            )
         if (text is None) != (config.text_dim is None):
             raise ValueError(f"Pass text exactly when the backbone reads it: text_dim is {config.text_dim}.")
         if text is not None and (text.dim() != 3 or text.shape[-1] != config.text_dim):
             raise ValueError(f"text must be [batch, tokens, {config.text_dim}], got {tuple(text.shape)}.")
 
-    def _embed_time(self, timesteps: Tensor, actions: Tensor | None) -> Tensor:
-        """Embedding of each frame's noise level, plus that of its action: [B, F] -> [B, F, dim]."""
+    def _embed_time(self, timesteps: Tensor, actions: Tensor | None, odometry: Tensor | None) -> Tensor:
+        """Embedding of each frame's noise level, plus those of its action and pose: [B, F] -> [B, F, dim]."""
         with torch.autocast(timesteps.device.type, enabled=False):
             waves = sinusoid(timesteps, self.config.freq_dim)
             e = self.time_embedding(waves.to(self.patch_embedding.weight.dtype))
-            return e if actions is None else e + self.action_embedding(actions)
+            if actions is not None:
+                e = e + self.action_embedding(actions)
+            if odometry is not None:
+                e = e + self.odometry_embedding(odometry.to(e.dtype))
+            return e
 
     def _project_time(self, e: Tensor) -> Tensor:
         with torch.autocast(e.device.type, enabled=False):

@@ -1,0 +1,57 @@
+"""Dead reckoning: where a camera is if every action moves it as it should.
+
+A world model that is told only the last action has to count turns to know that it looks the way it looked a hundred
+frames ago. The odometer counts for it. It knows nothing of the world: a step into a wall is counted as a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HARMONICS = (1, 2, 4)  # of the heading
+WAVELENGTHS = (6.0, 12.0, 24.0, 48.0, 96.0)  # of the position, in steps
+
+
+class Odometer:
+    """Integrates actions into poses, and turns poses into smooth features.
+
+    Args:
+        motions: for each action (steps forward, degrees to the left); the turn comes before the step.
+    """
+
+    num_features = 2 * len(HARMONICS) + 4 * len(WAVELENGTHS)
+
+    def __init__(self, motions: Sequence[tuple[float, float]]) -> None:
+        self.motions = torch.tensor(
+            [(step, math.radians(turn)) for step, turn in motions], dtype=torch.float64
+        )
+
+    def start(self, batch: int, device: torch.device | str) -> Tensor:
+        """Poses at the origin, heading 0: float64 [batch, 3] of x, y in steps and heading in radians."""
+        return torch.zeros(batch, 3, dtype=torch.float64, device=device)
+
+    def random_start(self, batch: int, device: torch.device | str) -> Tensor:
+        """Poses anywhere, in any direction: in training, so that only differences of poses mean anything."""
+        spread = torch.tensor(
+            [WAVELENGTHS[-1], WAVELENGTHS[-1], 2 * math.pi], dtype=torch.float64, device=device
+        )
+        return torch.rand(batch, 3, dtype=torch.float64, device=device) * spread
+
+    def advance(self, pose: Tensor, actions: Tensor) -> Tensor:
+        """Poses [B, F, 3] of the frames that `actions` [B, F] lead to, from `pose` [B, 3] of the frame before."""
+        step, turn = self.motions.to(actions.device)[actions].unbind(-1)
+        heading = pose[:, None, 2] + turn.cumsum(dim=1)
+        x = pose[:, None, 0] + (step * heading.cos()).cumsum(dim=1)
+        y = pose[:, None, 1] + (step * heading.sin()).cumsum(dim=1)
+        return torch.stack([x, y, heading], dim=-1)
+
+    def features(self, poses: Tensor) -> Tensor:
+        """Sines and cosines of poses [..., 3]: float32 [..., num_features]."""
+        angles = [poses[..., 2] * harmonic for harmonic in HARMONICS]
+        angles += [poses[..., axis] * (2 * math.pi / length) for axis in (0, 1) for length in WAVELENGTHS]
+        stacked = torch.stack(angles, dim=-1)
+        return torch.cat([stacked.cos(), stacked.sin()], dim=-1).float()

@@ -1,0 +1,88 @@
+"""Dead reckoning: exact circles, the simulator's own kinematics, and nothing but differences of poses."""
+
+import math
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from fastar.backbones import CausalWanTransformer, WanConfig
+from fastar.backbones.odometry import Odometer
+from fastar.backbones.reference import FullAttend
+
+MOTIONS = [(0, 0), (1, 0), (-1, 0), (0, 7.5), (0, -7.5)]
+FORWARD, BACK, LEFT, RIGHT = 1, 2, 3, 4
+
+
+def actions(*names: int) -> torch.Tensor:
+    return torch.tensor([names])
+
+
+def test_a_full_circle_and_a_walk_back_end_where_they_began() -> None:
+    odometer = Odometer(MOTIONS)
+    way = actions(*[LEFT] * 48, *[FORWARD] * 5, *[RIGHT] * 7, *[LEFT] * 7, *[BACK] * 5)
+    poses = odometer.advance(odometer.start(1, "cpu"), way)
+    start, end = odometer.features(odometer.start(1, "cpu")), odometer.features(poses[:, -1])
+    assert torch.allclose(start, end, atol=1e-6)
+    assert not torch.allclose(start, odometer.features(poses[:, 23]), atol=0.1)
+
+
+def test_a_turn_comes_before_its_step() -> None:
+    odometer = Odometer([(1, 90)])
+    x, y, heading = odometer.advance(odometer.start(1, "cpu"), actions(0))[0, 0].tolist()
+    assert (x, y, heading) == pytest.approx((0, 1, math.pi / 2))
+
+
+def test_chunk_by_chunk_equals_all_at_once() -> None:
+    odometer, way = Odometer(MOTIONS), torch.randint(5, (2, 12), generator=torch.Generator().manual_seed(0))
+    whole = odometer.advance(odometer.start(2, "cpu"), way)
+    pose, parts = odometer.start(2, "cpu"), []
+    for chunk in way.split(4, dim=1):
+        parts.append(odometer.advance(pose, chunk))
+        pose = parts[-1][:, -1]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-12)
+
+
+def test_the_doom_config_moves_as_the_simulator_does(repository) -> None:
+    camera = pytest.importorskip("fastar.data.doom.camera", reason="the simulator's code needs fastar[doom]")
+    with initialize_config_dir(str(repository / "conf"), version_base=None):
+        motions = compose("train").backbone.transformer.action_motions
+    odometer = Odometer([tuple(motion) for motion in motions])
+
+    class OpenPlain:
+        def is_free(self, x: float, y: float) -> bool:
+            return True
+
+    way = torch.randint(len(camera.Action), (1, 60), generator=torch.Generator().manual_seed(1))
+    way[0, 0] = camera.Action.NONE
+    truth = camera.trajectory(OpenPlain(), camera.Pose(0, 0, 0), way[0].tolist())
+    poses = odometer.advance(odometer.start(1, "cpu"), way)[0]
+    for pose, (x, y, heading) in zip(truth, poses.tolist(), strict=True):
+        assert (
+            math.dist((pose.x / camera.STEP, pose.y / camera.STEP), (x, y)) < 1.0
+        )  # the simulator rounds steps
+        assert math.cos(math.radians(pose.degrees) - heading) == pytest.approx(1)
+
+
+def test_the_transformer_asks_for_odometry_exactly_when_it_has_an_odometer() -> None:
+    sizes = {"dim": 24, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "in_channels": 4, "out_channels": 4}
+    plain = CausalWanTransformer(WanConfig(**sizes, num_actions=5))
+    counting = CausalWanTransformer(WanConfig(**sizes, num_actions=5, action_motions=tuple(MOTIONS)))
+    latents, timesteps, acted = (
+        torch.randn(1, 2, 4, 4, 4),
+        torch.zeros(1, 2),
+        torch.zeros(1, 2, dtype=torch.long),
+    )
+    attend = FullAttend(rope=plain.rope, grid=(2, 2))
+    features = torch.zeros(1, 2, Odometer.num_features)
+    with pytest.raises(ValueError, match="exactly when the backbone has an odometer"):
+        plain(latents, timesteps, attend=attend, actions=acted, odometry=features)
+    with pytest.raises(ValueError, match="exactly when the backbone has an odometer"):
+        counting(latents, timesteps, attend=attend, actions=acted)
+    with pytest.raises(ValueError, match="one row per frame"):
+        counting(latents, timesteps, attend=attend, actions=acted, odometry=features[:, :1])
+
+
+def test_one_motion_for_each_action() -> None:
+    with pytest.raises(ValueError, match="one pair for each of the 4 actions, got 5"):
+        WanConfig(dim=24, num_layers=1, num_heads=2, ffn_dim=24, num_actions=4, action_motions=tuple(MOTIONS))
