@@ -50,6 +50,7 @@ def main(config: DictConfig) -> None:
         train_transformer(config, backbone)
     if is_first_process():
         export(config, backbone, Path(config.output) / "checkpoint")
+        save_backbone(Path(config.output) / "checkpoint_float32", backbone)  # to state what the storage format costs
         log.info("wrote the checkpoint to %s", Path(config.output) / "checkpoint")
 
 

@@ -16,3 +16,5 @@ else
   "$PYTHON" experiments/train.py backbone=doom output="$OUTPUT" "$@"
 fi
 "$PYTHON" experiments/evaluate.py checkpoint="$OUTPUT/checkpoint" output="$OUTPUT/evaluation"
+"$PYTHON" experiments/evaluate.py checkpoint="$OUTPUT/checkpoint_float32" output="$OUTPUT/evaluation_float32" \
+  'measures=[autoencoder,next_frame]'

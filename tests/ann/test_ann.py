@@ -14,7 +14,7 @@ from fastar.ann.base import Metric
 MATCHERS: dict[str, ann.Matcher] = {
     "exact": ann.ExactMatcher(),
     "blocks": ann.ExactMatcher(max_scores=100),
-    "lsh": ann.LSHMatcher(bits=5, tables=10, probes=3, bucket_cap=32),
+    "lsh": ann.LSHMatcher(bits=5, tables=10, radius=0),
     "quantized": ann.QuantizedMatcher(),
 }
 
@@ -60,7 +60,9 @@ def test_more_bits_recall_more() -> None:
     queries, keys = near_pairs(problems=4, queries=100, keys=300, dim=32)
     queries = queries + 0.6 * torch.randn_like(queries)
     exact, _ = ann.ExactMatcher().nearest(queries, keys)
-    recall = [(ann.QuantizedMatcher(bits=b).nearest(queries, keys)[0] == exact).float().mean() for b in (2, 4, 8)]
+    recall = [
+        (ann.QuantizedMatcher(bits=b).nearest(queries, keys)[0] == exact).float().mean() for b in (2, 4, 8)
+    ]
     assert recall[0] < recall[1] < recall[2]
 
 
@@ -154,7 +156,7 @@ def test_random_buckets_are_even_and_ignore_the_data() -> None:
 
 
 @pytest.mark.parametrize("bad", [
-    lambda: ann.LSHMatcher(bits=0), lambda: ann.LSHMatcher(probes=99), lambda: ann.QuantizedMatcher(bits=9),
+    lambda: ann.LSHMatcher(bits=0), lambda: ann.LSHMatcher(radius=8), lambda: ann.QuantizedMatcher(bits=9),
     lambda: ann.LSHBucketizer(bits=20), lambda: ann.QuantizedBucketizer(dims=9, bits=2),
     lambda: ann.KMeansBucketizer(clusters=0), lambda: ann.RandomBucketizer(count=0),
 ])  # fmt: skip
@@ -185,9 +187,7 @@ def test_similarities_reduce_to_their_definitions() -> None:
     change = (logits[..., None] - logits[..., None, :]).square().mean(1)
     torch.testing.assert_close(ann.squared_distance(features, features), change, rtol=2e-3, atol=2e-3)
 
-    diagonal = ann.key_features(
-        keys, "expected_logit_change", query_moment=moment.diagonal(dim1=-2, dim2=-1)
-    )
+    diagonal = ann.key_features(keys, "expected_logit_change", query_moment=moment.diagonal(dim1=-2, dim2=-1))
     only = ann.key_features(
         keys, "expected_logit_change", query_moment=torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
     )
@@ -207,3 +207,17 @@ def test_unknown_similarity_lists_the_choices() -> None:
         ann.key_features(torch.zeros(1, 2, 4), "cosin")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="second moment"):
         ann.key_features(torch.zeros(1, 2, 4), "expected_logit_change")
+
+
+def test_lsh_finds_the_best_of_the_keys_that_share_a_bucket() -> None:
+    queries, keys = near_pairs(problems=2, queries=30, keys=50)
+    matcher = ann.LSHMatcher(bits=8, tables=2, radius=0, max_scores=300)
+    index, _ = matcher.nearest(queries, keys, metric="euclidean")
+    planes = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    centre = keys.mean(1, keepdim=True)
+    sides = [((x - centre) @ planes > 0).unflatten(-1, (2, 8)) for x in (queries, keys)]
+    shares = (sides[0][:, :, None] == sides[1][:, None]).all(-1).any(-1)
+    distance = torch.cdist(queries, keys).masked_fill(~shares, math.inf)
+    assert torch.equal(index, torch.where(shares.any(-1), distance.argmin(-1), -1))
+    wider, _ = ann.LSHMatcher(bits=8, tables=2, radius=1).nearest(queries, keys, metric="euclidean")
+    assert (wider == -1).sum() < (index == -1).sum() < index.numel()

@@ -10,34 +10,34 @@ from fastar.ann.exact import no_match
 
 
 class LSHMatcher(Matcher):
-    """Top-1 among the keys whose sign pattern under random hyperplanes equals the query's, in any table.
+    """Top-1 among the keys whose sign pattern under random hyperplanes is the query's, or near it, in any table.
 
-    Keys are sorted by code, so the work is n x tables x (1 + probes) x bucket_cap scores instead of n x m. Keys
-    are hashed after their mean is taken away: signs about the origin would put keys that share a mean into one bucket.
+    Keys are hashed about their mean: signs about the origin would put keys that share a mean into one bucket. Patterns
+    are compared by matrix products of signs, so that it runs anywhere; it shows what hashing costs in recall, and is
+    no faster than `ExactMatcher`.
 
     Args:
         bits: hyperplanes a table, 1 to 30; a table has 2^bits buckets.
         tables: independent tables; a key is a candidate if any table agrees.
-        probes: further buckets looked up in each table, those across the hyperplanes nearest to the query.
-        bucket_cap: at most this many keys of a bucket are scored, the last (newest) ones.
+        radius: bits of a pattern that may differ (0: the query's own bucket; 1: and all its neighbours).
         seed: of the hyperplanes.
+        max_scores: how many scores are held at a time; more queries than that allows are taken in blocks.
     """
 
     def __init__(
-        self, *, bits: int = 6, tables: int = 6, probes: int = 2, bucket_cap: int = 16, seed: int = 0
+        self, *, bits: int = 8, tables: int = 8, radius: int = 1, seed: int = 0, max_scores: int = 2**26
     ) -> None:
         check_bits(bits, 30)
-        if tables < 1 or not 0 <= probes <= bits or bucket_cap < 1:
+        if tables < 1 or not 0 <= radius < bits:
             raise ValueError(
-                "LSH needs tables >= 1, 0 <= probes <= bits and bucket_cap >= 1; "
-                f"got tables={tables}, probes={probes}, bits={bits}, bucket_cap={bucket_cap}"
+                f"LSH needs tables >= 1 and 0 <= radius < bits; got {tables}, {radius} and {bits}"
             )
-        self.bits, self.tables, self.probes, self.bucket_cap, self.seed = (
+        self.bits, self.tables, self.radius, self.seed, self.max_scores = (
             bits,
             tables,
-            probes,
-            bucket_cap,
+            radius,
             seed,
+            max_scores,
         )
 
     def nearest(
@@ -46,50 +46,30 @@ class LSHMatcher(Matcher):
         check_features(queries, keys, valid)
         if keys.shape[1] == 0 or queries.shape[1] == 0:
             return no_match(queries)
-        candidates, found = self._candidates(queries, keys, valid, metric)
-        score = _scores(queries, keys, candidates, metric).masked_fill(~found, -torch.inf)
-        best = score.max(-1, keepdim=True)
-        # of equal scores the first key wins, whichever table it came from
-        tied = torch.where(score == best.values, candidates, keys.shape[1])
-        index = torch.where(best.values[..., 0] == -torch.inf, -1, tied.amin(-1))
-        return index, best.values[..., 0]
-
-    def _candidates(
-        self, queries: Tensor, keys: Tensor, valid: Tensor | None, metric: Metric
-    ) -> tuple[Tensor, Tensor]:
-        """Key indices [N, n, tables * (1 + probes) * cap] and whether each is a real candidate."""
-        problems, count = queries.shape[:2]
-        planes = seeded_normal(self.seed, keys.shape[2], self.tables * self.bits, like=keys)
         centre = _mean(keys, valid)
-        key_side = ((keys - centre) @ planes).unflatten(-1, (self.tables, self.bits))
+        planes = seeded_normal(self.seed, keys.shape[2], self.tables * self.bits, like=keys)
+        key_signs = self._signs(keys - centre, planes)
         # q.k ranks keys as q.(k - centre) does: only a distance moves the queries too
-        query_side = ((queries - centre if metric == "euclidean" else queries) @ planes).unflatten(
-            -1, (self.tables, self.bits)
-        )
-        key_code = _code(key_side)
+        query_signs = self._signs(queries - centre if metric == "euclidean" else queries, planes)
+        offset = torch.zeros_like(keys[..., 0]) if metric == "dot" else keys.square().sum(-1) * -0.5
         if valid is not None:
-            key_code = key_code.masked_fill(
-                ~valid[..., None], 2**self.bits
-            )  # a bucket that no query looks up
-        # newest first within a bucket: sort the reversed keys, stably
-        sorted_code, order = key_code.flip(1).transpose(1, 2).contiguous().sort(dim=-1, stable=True)
-        order = keys.shape[1] - 1 - order
+            offset = offset.masked_fill(~valid, -torch.inf)
 
-        looked_up = _code(query_side)[..., None]
-        if self.probes:
-            flipped = query_side.abs().topk(self.probes, dim=-1, largest=False).indices
-            looked_up = torch.cat([looked_up, looked_up ^ (1 << flipped)], -1)
-        looked_up = looked_up.permute(0, 2, 1, 3).reshape(
-            problems, self.tables, -1
-        )  # [N, tables, n * (1 + probes)]
-        start = torch.searchsorted(sorted_code, looked_up)
-        place = start[..., None] + torch.arange(self.bucket_cap, device=keys.device)
-        inside = place < keys.shape[1]
-        place = place.clamp_max(keys.shape[1] - 1).flatten(2)
-        found = inside & (sorted_code.gather(2, place).view_as(inside) == looked_up[..., None])
-        shape = (problems, self.tables, count, -1)
-        candidates = order.gather(2, place).view(shape).transpose(1, 2).flatten(2)
-        return candidates, found.view(shape).transpose(1, 2).flatten(2)
+        block = max(1, self.max_scores // (queries.shape[0] * self.tables * keys.shape[1]))
+        best = []
+        for part, signs in zip(queries.split(block, 1), query_signs.split(block, 2), strict=True):
+            agreement = (signs @ key_signs.mT).amax(1)  # bits - 2 * differing bits, best table: [N, n, m]
+            score = torch.baddbmm(offset[:, None], part, keys.mT)
+            best.append(score.masked_fill(agreement < self.bits - 2 * self.radius, -torch.inf).max(-1))
+        score, index = torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1)
+        if metric == "euclidean":
+            score = (2 * score - queries.square().sum(-1)).clamp_max(0)
+        return torch.where(score == -torch.inf, -1, index), score
+
+    def _signs(self, x: Tensor, planes: Tensor) -> Tensor:
+        """Sides of the hyperplanes as +-1: x [N, n, d] -> [N, tables, n, bits]."""
+        side = torch.where(x @ planes > 0, 1.0, -1.0).to(x.dtype)
+        return side.unflatten(-1, (self.tables, self.bits)).transpose(1, 2)
 
 
 class LSHBucketizer(Bucketizer):
@@ -129,14 +109,3 @@ def _mean(keys: Tensor, valid: Tensor | None) -> Tensor:
         return keys.mean(1, keepdim=True)
     weight = valid[..., None].to(keys.dtype)
     return (keys * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
-
-
-def _scores(queries: Tensor, keys: Tensor, candidates: Tensor, metric: Metric) -> Tensor:
-    """Score of every candidate: [N, n, c] from candidates int64 [N, n, c]."""
-    width = keys.shape[-1]
-    chosen = keys.gather(1, candidates.flatten(1)[..., None].expand(-1, -1, width)).view(
-        *candidates.shape, width
-    )
-    if metric == "euclidean":
-        return -(chosen - queries[:, :, None]).square().sum(-1)
-    return (chosen @ queries[..., None]).squeeze(-1)

@@ -126,10 +126,17 @@ class AttentionState:
         )
 
     def end_pass(self) -> None:
-        """Close the pass; if it commits, the staged keys of all layers enter the cache together."""
+        """Close the pass; if it commits, the staged keys of all layers enter the cache together.
+
+        If they cannot (out of memory, a layer that was never called), the pass is aborted and the error goes on.
+        """
         context = self._require_context()
         if context.commits:
-            self.cache.commit(context.first_frame, context.num_frames)
+            try:
+                self.cache.commit(context.first_frame, context.num_frames)
+            except BaseException:
+                self.abort_pass()
+                raise
             self.forget_working_copies()
         self.context = None
 
@@ -149,6 +156,7 @@ class AttentionState:
 
     def attend(self, stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The backbone's one call: q, k, v [B, H, L, D] before RoPE -> [B, H, Lq, D]."""
+        self._require_context()
         if stream == "self":
             return self._attend_self(layer, q, k, v)
         if stream == "text":

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Matcher
-from fastar.ann.similarity import squared_distance
 from fastar.cache.merge import (
     Weighting,
     cheapest,
     find_roots,
     group_mean,
     merge_cost,
-    pair_weight,
     rows_of,
-    segment_sum,
 )
+
+_MAX_SCORES = 2**26  # scores held at a time in `renew`
 
 
 @dataclass
@@ -77,23 +76,22 @@ def choose(
     own = torch.arange(count.shape[1], device=count.device).expand_as(partner)
     root, gone = own, torch.zeros_like(partner, dtype=torch.bool)
     done = [surplus * step // rounds for step in range(rounds + 1)]
-    for number in (after - before for before, after in pairwise(done)):
+    for left, (before, after) in enumerate(pairwise(done), start=1 - rounds):
         # A slot that no search found a partner for costs inf: it is dropped, oldest first, if merges run out.
-        chosen = cheapest(cost.masked_fill(gone, torch.nan), number)  # nan sorts behind inf
+        chosen = cheapest(cost.masked_fill(gone, torch.nan), after - before)  # nan sorts behind inf
         step = find_roots(torch.where(chosen & (partner >= 0), partner, own))
         root, gone = step.gather(1, root), gone | chosen
         partner = torch.where(partner < 0, -1, step.gather(1, partner.clamp_min(0)))
-        if rounds > 1:
-            mean = group_mean(features, step, count)
+        if left:
+            mean, count = group_mean(features, step, count, after - before)
             kept = slots.key_width if keep_last_key else 0
             features = torch.cat([features[..., :kept], mean[..., kept:]], -1)
-            count = segment_sum(count[..., None], step)[..., 0]
             cost = merge_cost(features, count, partner, weighting)
     return root, gone, partner
 
 
 def renew(slots: Candidates, before: Tensor, number: int, frame: int, weighting: Weighting) -> Tensor:
-    """Search the best newer partner anew, exactly, for the `number` slots whose partner became dearest.
+    """Search the nearest newer slot anew, exactly, for the `number` slots whose partner became dearest.
 
     Args:
         slots: after the merges.
@@ -102,15 +100,19 @@ def renew(slots: Candidates, before: Tensor, number: int, frame: int, weighting:
         frame: tokens of the newest frame, which has no newer partner.
 
     Returns:
-        partner [N, M].
+        partner [N, M], the cheaper one of found and old.
     """
     features, count, partner = slots.features, slots.count, slots.partner
-    worse = torch.where(partner < 0, torch.inf, merge_cost(features, count, partner, weighting) - before)
+    cost = merge_cost(features, count, partner, weighting)
+    worse = torch.where(partner < 0, torch.inf, cost - before)
     worse[:, -frame:] = -torch.inf
     rows = worse.argsort(dim=1, descending=True, stable=True)[:, :number]
-    cost = squared_distance(rows_of(features, rows), features)
-    if weighting != "none":
-        cost = cost * pair_weight(count.gather(1, rows)[..., None], count[:, None], weighting)
-    newer = torch.arange(count.shape[1], device=count.device) > rows[..., None]
-    best = cost.masked_fill(~newer, torch.inf).min(-1)
-    return partner.scatter(1, rows, torch.where(best.values == torch.inf, -1, best.indices))
+    offset = features.square().sum(-1) * -0.5
+    index, found = torch.arange(count.shape[1], device=count.device), partner
+    for part in rows.split(max(1, _MAX_SCORES // count.numel()), dim=1):
+        score = torch.baddbmm(
+            offset[:, None], rows_of(features, part), features.mT
+        )  # largest for the nearest
+        best = score.masked_fill_(index <= part[..., None], -torch.inf).max(-1)
+        found = found.scatter(1, part, torch.where(best.values == -torch.inf, -1, best.indices))
+    return torch.where(merge_cost(features, count, found, weighting) < cost, found, partner)

@@ -2,7 +2,7 @@
 
 Legend: N folded problems (batch x heads, or batch if heads share their groups), M slots in order of age, F features.
 A merge is an edge from an older slot to a newer one. `parent` [N, M] names the slot each one merges into (itself if
-none), `root` where its chain of merges ends. Sums over groups are sort + segment reduce: no racing scatters.
+none), `root` where its chain of merges ends. Sums over groups are sort + segmented scan: no racing scatters.
 """
 
 from __future__ import annotations
@@ -30,30 +30,46 @@ def find_roots(parent: Tensor) -> Tensor:
     return root
 
 
-def segment_sum(x: Tensor, root: Tensor) -> Tensor:
-    """Sum of x [N, M, F] over the members of each group, at the group's root; zero elsewhere."""
-    problems, count, width = x.shape
-    order = root.argsort(dim=1, stable=True)
-    lengths = torch.zeros_like(root).scatter_add_(
-        1, root, torch.ones_like(root)
-    )  # integers: any order is exact
-    rows = rows_of(x, order).flatten(0, 1)
-    sums = torch.segment_reduce(rows, "sum", lengths=lengths.flatten(), axis=0, initial=0, unsafe=True)
-    return sums.view(problems, count, width)
+def segment_sum(x: Tensor, root: Tensor, most: int) -> Tensor:
+    """Sum of x [N, M, F] over the members of each group, at the group's root; zero at other slots.
+
+    `most` bounds the slots of a problem that are no roots. Only those rows move: sorted by root, summed by a segmented
+    scan, the last of each run added to its root, where nothing else is written.
+    """
+    problems, count = root.shape
+    gone = root != torch.arange(count, device=root.device)
+    target, order = torch.where(gone, root, count).sort(
+        dim=1, stable=True
+    )  # slots that stay come last, as `count`
+    target, order = target[:, :most], order[:, :most]
+    rows = rows_of(x * gone[..., None], order)
+    shift = 1
+    while shift < most:
+        same = target[:, shift:] == target[:, :-shift]
+        rows = torch.cat([rows[:, :shift], rows[:, shift:] + rows[:, :-shift] * same[..., None]], 1)
+        shift *= 2
+    last = target < count
+    last[:, :-1] &= target[:, 1:] != target[:, :-1]
+    place = torch.where(last, target, order) + torch.arange(problems, device=root.device)[:, None] * count
+    total = (x * ~gone[..., None]).flatten(0, 1)
+    return total.index_add_(0, place.flatten(), (rows * last[..., None]).flatten(0, 1)).view_as(x)
 
 
-def group_mean(x: Tensor, root: Tensor, weight: Tensor) -> Tensor:
-    """Mean of x [N, M, F] over each group, weighted by weight [N, M] >= 0, at its root; 0 where no weight is."""
-    summed = segment_sum(torch.cat([x * weight[..., None], weight[..., None]], -1), root)
-    return summed[..., :-1] / summed[..., -1:].clamp_min(torch.finfo(x.dtype).tiny)
+def group_mean(x: Tensor, root: Tensor, weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Mean of x [N, M, F] over each group, weighted by weight [N, M] >= 0, and the group's weight [N, M], at its root.
+
+    Other slots, and groups without weight, have mean 0. `most`: see `segment_sum`.
+    """
+    summed = segment_sum(torch.cat([x * weight[..., None], weight[..., None]], -1), root, most)
+    return summed[..., :-1] / summed[..., -1:].clamp_min(torch.finfo(x.dtype).tiny), summed[..., -1]
 
 
-def group_medoid(x: Tensor, root: Tensor, weight: Tensor) -> Tensor:
+def group_medoid(x: Tensor, root: Tensor, weight: Tensor, most: int) -> Tensor:
     """Member of each group nearest to its weighted mean, as an index int64 [N, M] at its root (the newest of equals).
 
-    Other slots name themselves.
+    Other slots name themselves. `most`: see `segment_sum`.
     """
-    mean = rows_of(group_mean(x, root, weight), root)
+    mean = rows_of(group_mean(x, root, weight, most)[0], root)
     distance = (x - mean).square().sum(-1)
     # by root, then by distance, farthest first; the last of each run is the medoid
     by_distance = distance.argsort(dim=1, descending=True, stable=True)

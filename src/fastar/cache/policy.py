@@ -17,6 +17,7 @@ from fastar.cache.slots import (
     SlotFormat,
     Slots,
     pack_positions,
+    saved_tensor,
     unpack_positions,
 )
 
@@ -188,18 +189,13 @@ class SlotPolicy(CachePolicy):
         return saved
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        kinds = {"slots": self._encode_empty().fields, "extras": self.new_extras()}
+        slot_fields, extra_fields = self._encode_empty().fields, self.new_extras()
         slots, extras = [], []
         for layer in range(self.spec.num_layers):
-            read = {
-                kind: {
-                    name: saved_tensor(saved, f"layers.{layer}.{kind}.{name}", like)
-                    for name, like in fields.items()
-                }
-                for kind, fields in kinds.items()
-            }
-            slots.append(Slots(read["slots"]))
-            extras.append({name: tensor.clone() for name, tensor in read["extras"].items()})
+            at = f"layers.{layer}."
+            slots.append(Slots({n: saved_tensor(saved, f"{at}slots.{n}", t) for n, t in slot_fields.items()}))
+            read = {n: saved_tensor(saved, f"{at}extras.{n}", t) for n, t in extra_fields.items()}
+            extras.append({name: tensor.clone() for name, tensor in read.items()})
         capacity = self.capacity_slots()
         if capacity is not None and slots[0].size > capacity:
             raise ValueError(

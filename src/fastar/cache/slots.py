@@ -124,7 +124,8 @@ class Slots:
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """tensor [B or 1, H or 1, S, ...] at index [B or 1, H or 1, S'] along axis 2, the two broadcast."""
-    lead = torch.broadcast_shapes(tensor.shape[:2], index.shape[:2])
+    # torch.broadcast_shapes would import sympy for this: seconds, at the first eviction
+    lead = [max(sizes) for sizes in zip(tensor.shape[:2], index.shape[:2], strict=True)]
     size, tail = tensor.shape[2], tensor.shape[3:]
     problems = torch.arange(lead[0] * lead[1], device=index.device).view(*lead, 1)
     rows = (

@@ -19,7 +19,7 @@ from fastar.ann.similarity import SIMILARITIES, Similarity, key_features
 from fastar.cache.allocation import Candidates, choose, match, renew
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
-from fastar.cache.merge import Representative, Weighting, group_mean, group_medoid, rows_of, segment_sum
+from fastar.cache.merge import Representative, Weighting, group_medoid, rows_of, segment_sum
 from fastar.cache.moments import Moment, expand_moment, moment_shape, query_moment
 from fastar.cache.slots import Slots, take, unpack_positions
 
@@ -86,12 +86,12 @@ class TempCache(BudgetedPolicy):
         value: Literal["mean", "value_aware"] = "mean",
         log_count: bool = True,
         value_weight: float = 1.0,
-        weighting: Weighting = "none",
+        weighting: Weighting = "root_ward",
         per_head: bool = True,
         sink_frames: int = 0,
         recent_frames: int = 0,
         rounds: int = 2,
-        refresh: float = 1.0,
+        refresh: float = 0.5,
         moment: Moment = "full",
         moment_horizon: int = 64,
         matcher: Matcher | None = None,
@@ -213,7 +213,7 @@ class TempCache(BudgetedPolicy):
         root, gone, partner = choose(
             candidates, cost, surplus, self.rounds, self.weighting, keep_last_key=self.key == "last"
         )
-        merged, after = self._merge(part, middle, root)
+        merged, after = self._merge(part, middle, root, surplus)
         keep = gone.to(torch.int8).argsort(dim=1, stable=True)[:, : root.shape[1] - surplus]
         place = (~gone).cumsum(1) - 1
         partner = torch.where(partner < 0, -1, place.gather(1, partner.clamp_min(0))).gather(1, keep)
@@ -226,16 +226,15 @@ class TempCache(BudgetedPolicy):
             partner = renew(left, cost.gather(1, keep), renewed, self.spec.tokens_per_frame, self.weighting)
         return self._with_partner(merged.gather(keep.unflatten(0, self.metadata_shape())), partner)
 
-    def _merge(self, part: Slots, middle: Middle, root: Tensor) -> tuple[Slots, Middle]:
+    def _merge(self, part: Slots, middle: Middle, root: Tensor, most: int) -> tuple[Slots, Middle]:
         """Every root's merged slot in place of its own; slots that are no root are left for the caller to drop."""
+        # one sum over the groups for all that is averaged: values by their own weights, the rest by count
         weight = self._value_weights(middle, root)
-        value = segment_sum(
-            torch.cat([middle.value * weight[..., None], torch.stack([weight, middle.count], -1)], -1), root
-        )
-        count, value = (
-            value[..., -1],
-            value[..., :-2] / value[..., -2:-1].clamp_min(torch.finfo(torch.float32).tiny),
-        )
+        parts = [middle.value * weight[..., None], weight[..., None], middle.count[..., None]]
+        if self.key == "mean":
+            parts += [x * middle.count[..., None] for x in (middle.key, middle.key_features)]
+        sums = segment_sum(torch.cat(parts, -1), root, most).split([x.shape[-1] for x in parts], -1)
+        value, count = sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny), sums[2][..., 0]
         changed = (count > middle.count)[..., None]
         after = Middle(
             key=middle.key,
@@ -248,13 +247,12 @@ class TempCache(BudgetedPolicy):
         fields = self._repack(part, "value", after.value, changed)
         fields["count"] = count.clamp_max(_MAX_COUNT).to(torch.int16).unflatten(0, self.metadata_shape())
         if self.key == "mean":
-            mean = group_mean(torch.cat([middle.key, middle.key_features], -1), root, middle.count)
-            width = middle.key.shape[-1]
-            after.key = torch.where(changed, mean[..., :width], middle.key)
-            after.key_features = torch.where(changed, mean[..., width:], middle.key_features)
+            means = [x / count[..., None].clamp_min(1) for x in sums[3:]]
+            after.key = torch.where(changed, means[0], middle.key)
+            after.key_features = torch.where(changed, means[1], middle.key_features)
             fields.update(self._repack(part, "key", after.key, changed))
         elif self.key == "medoid":
-            chosen = group_medoid(middle.key_features, root, middle.count)
+            chosen = group_medoid(middle.key_features, root, middle.count, most)
             after.key_features = rows_of(middle.key_features, chosen)
             index = chosen.unflatten(0, self.metadata_shape())
             moved = [name for name in part.fields if name.startswith("key") or name == "position"]
@@ -296,4 +294,4 @@ class TempCache(BudgetedPolicy):
 
 def _variance(x: Tensor) -> Tensor:
     """Mean squared distance to the mean over M: [B, H, M, D] -> [B, H]."""
-    return x.var(2, correction=0).sum(-1)
+    return (x - x.mean(2, keepdim=True)).square().sum(-1).mean(2)

@@ -11,7 +11,7 @@ from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.ann.similarity import SIMILARITIES, Similarity, key_features
 from fastar.cache.base import Staged, check_choice
-from fastar.cache.merge import Representative, find_roots, group_mean, group_medoid, rows_of, segment_sum
+from fastar.cache.merge import Representative, find_roots, group_mean, group_medoid, rows_of
 from fastar.cache.policy import SlotOptions, SlotPolicy
 from fastar.cache.slots import Slots, take, unpack_positions
 from fastar.cache.tempcache import MatchSpace
@@ -147,18 +147,18 @@ class TempCachePaper(SlotPolicy):
         both = Slots.cat(kept, new)
         weight = count.float()
         value = self._format.unpack("value", both.fields, torch.float32).flatten(0, 1)
-        mass = segment_sum(weight[..., None], root)[..., 0]
+        merged_value, mass = group_mean(value, root, weight, 2 * tokens)
         changed = mass > weight
-        fields = self._packed_where(changed, "value", group_mean(value, root, weight), both)
+        fields = self._packed_where(changed, "value", merged_value, both)
         fields["count"] = mass.round().to(torch.int32).unflatten(0, shape)
         keys = torch.cat([past, own], 1)
         if self.key == "mean":
-            mean = group_mean(keys, root, weight).unflatten(0, shape)
+            mean = group_mean(keys, root, weight, 2 * tokens)[0].unflatten(0, shape)
             if self.match_space == "raw":
                 mean = self.spec.rope.rotate(mean, unpack_positions(both["position"]))
             fields.update(self._packed_where(changed, "key", mean.flatten(0, 1), both))
         elif self.key == "medoid":
-            index = group_medoid(keys, root, weight).unflatten(0, shape)
+            index = group_medoid(keys, root, weight, 2 * tokens).unflatten(0, shape)
             moved = [name for name in both.fields if name.startswith("key") or name == "position"]
             fields.update({name: take(both[name], index) for name in moved})
         merged = both.replace(**fields)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from fastar.metrics.frames import frame_pair
 from fastar.metrics.vmaf import vmaf_frames
@@ -13,7 +12,8 @@ from fastar.metrics.vmaf import vmaf_frames
 MAX_DB = 100.0
 """PSNR given to (nearly) equal frames, so that means over frames stay finite: a mean squared error of 1e-10."""
 
-SSIM_WINDOW = 11
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels in [0, 1]
 
 
 def psnr_from_mse(mse: Tensor) -> Tensor:
@@ -41,19 +41,33 @@ def frame_ssim(pred: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             f"SSIM needs frames of at least 11 x 11 pixels, got {first.shape[-2]} x {first.shape[-1]}"
         )
-    leading = first.shape[:-3]
     # float64: variances are differences of squares, and nearly vanish on flat pictures
-    _, full = structural_similarity_index_measure(
-        first.double().reshape(-1, *first.shape[-3:]),
-        second.double().reshape(-1, *second.shape[-3:]),
-        reduction="none",
-        data_range=1.0,
-        return_full_image=True,
-    )
-    edge = (
-        SSIM_WINDOW // 2
-    )  # there torchmetrics looks at reflected pixels, and some of its versions count them
-    return full[..., edge:-edge, edge:-edge].mean(dim=(-3, -2, -1)).float().reshape(leading)
+    x, y = first.double(), second.double()
+    mean_x, mean_y = _window_means(x), _window_means(y)
+    variances = _window_means(x * x) - mean_x * mean_x + _window_means(y * y) - mean_y * mean_y
+    covariance = _window_means(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x * mean_x + mean_y * mean_y + SSIM_C1)
+    structure = (2 * covariance + SSIM_C2) / (variances + SSIM_C2)
+    return (luminance * structure).mean(dim=(-3, -2, -1)).float()
+
+
+def _window_means(pictures: Tensor) -> Tensor:
+    """Gaussian-weighted mean of each window inside the picture: [..., H, W] -> [..., H - 10, W - 10].
+
+    Two banded matrix products: many times faster on a CPU than a convolution of each channel.
+    """
+    rows, columns = (_window_weights(side, pictures) for side in pictures.shape[-2:])
+    return rows @ pictures @ columns.mT
+
+
+def _window_weights(side: int, like: Tensor) -> Tensor:
+    """[side - 10, side]: row i holds the weights of the window that starts at i."""
+    offset = torch.arange(SSIM_WINDOW, dtype=like.dtype, device=like.device) - SSIM_WINDOW // 2
+    taps = torch.exp(-offset.square() / (2 * SSIM_SIGMA**2))
+    weights = like.new_zeros(side - SSIM_WINDOW + 1, side)
+    for tap, weight in enumerate((taps / taps.sum()).unbind()):
+        weights.diagonal(tap)[:] = weight
+    return weights
 
 
 class _FrameMean(Metric):

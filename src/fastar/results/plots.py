@@ -12,6 +12,8 @@ from fastar.results.tables import UNITS, spread
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+MAX_BANDS = 6  # more of them hide each other
+MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")  # the second, third, ... line of a colour
 
 
 def colours_of(lines: Sequence[str]) -> dict[str, str]:
@@ -28,24 +30,31 @@ def plot_curves(
     units: Sequence[str] = UNITS,
     colours: Mapping[str, str] | None = None,
     log: bool = False,
+    title: str | None = None,
 ) -> Path:
     """`metric` against the frame index, one line per `index` with its bootstrap band; writes a picture to `path`."""
     stats = spread(rows[rows["frame"].notna()], index=[index, "frame"], metrics=[metric], units=units)
     stats[["mean", "low", "high"]] /= shown_as(metric)[0]
     if stats.empty:
         raise ValueError(f"no rows of {metric} with a frame index: log it per chunk, with frame=...")
-    figure, axes = _figure(metric)
+    figure, axes = _figure(metric, title)
     colours = colours or colours_of([str(line) for line in stats[index].unique()])
     for line, group in stats.groupby(index, sort=False):
         group = group.sort_values("frame")
         frame = group["frame"].astype(float)
-        axes.plot(frame, group["mean"], color=colours[str(line)], label=str(line), linewidth=1.6)
-        axes.fill_between(
-            frame, group["low"], group["high"], color=colours[str(line)], alpha=0.15, linewidth=0
+        dash = DASHES[_round_of(colours, str(line)) % len(DASHES)]
+        axes.plot(
+            frame, group["mean"], color=colours[str(line)], label=str(line), linewidth=1.6, linestyle=dash
         )
+        if stats[index].nunique() <= MAX_BANDS:
+            axes.fill_between(
+                frame, group["low"], group["high"], color=colours[str(line)], alpha=0.15, linewidth=0
+            )
     axes.set_xlabel("frame")
     if log:
         axes.set_yscale("log")
+    elif stats["mean"].min() >= 0:
+        axes.set_ylim(bottom=0)
     return _save(figure, axes, path)
 
 
@@ -59,6 +68,7 @@ def plot_frontier(
     setting: str | None = None,
     units: Sequence[str] = UNITS,
     colours: Mapping[str, str] | None = None,
+    title: str | None = None,
 ) -> Path:
     """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`."""
     keys = [index] if setting is None else [index, setting]
@@ -69,20 +79,27 @@ def plot_frontier(
     points[["mean", "low", "high"]] /= shown_as(quality)[0]
     if points.empty:
         raise ValueError(f"no {index} has both {cost} and {quality}")
-    figure, axes = _figure(quality)
+    figure, axes = _figure(quality, title)
     colours = colours or colours_of([str(line) for line in points[index].unique()])
     for line, group in points.groupby(index, sort=False):
         group = group.sort_values("cost")
         reach = [(group["mean"] - group["low"]).fillna(0), (group["high"] - group["mean"]).fillna(0)]
         axes.errorbar(
             group["cost"], group["mean"], yerr=reach, color=colours[str(line)], label=str(line),
-            marker="o", markersize=5, linewidth=1.4, capsize=2,
+            marker=MARKERS[_round_of(colours, str(line)) % len(MARKERS)], markersize=5,
+            linewidth=1.4 if setting else 0, elinewidth=1.4, capsize=2,
         )  # fmt: skip
     axes.set_xlabel(_axis_label(cost))
     return _save(figure, axes, path)
 
 
-def _figure(metric: str) -> tuple[Figure, Axes]:
+def _round_of(colours: Mapping[str, str], line: str) -> int:
+    """How many earlier lines have the same colour."""
+    earlier = list(colours)[: list(colours).index(line)]
+    return sum(colours[other] == colours[line] for other in earlier)
+
+
+def _figure(metric: str, title: str | None = None) -> tuple[Figure, Axes]:
     figure = Figure(
         figsize=(6.4, 3.8), dpi=150, layout="constrained"
     )  # no pyplot: nothing global, no display
@@ -90,6 +107,8 @@ def _figure(metric: str) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_ylabel(_axis_label(metric))
+    if title is not None:
+        axes.set_title(title, fontsize=9, loc="left")
     return figure, axes
 
 
@@ -97,11 +116,12 @@ def _axis_label(metric: str) -> str:
     info = METRICS.get(metric.split("/")[0])
     unit = shown_as(metric)[1]
     arrow = f", {info.better} is better" if info and info.better else ""
-    return f"{metric.replace('_', ' ')}{f' ({unit})' if unit else ''}{arrow}"
+    return f"{metric.replace('_', ' ').replace('/', ', ')}{f' ({unit})' if unit else ''}{arrow}"
 
 
 def _save(figure: Figure, axes: Axes, path: str | Path) -> Path:
-    axes.legend(frameon=False, fontsize=8)
+    # beside the axes: inside, many methods would cover the data
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

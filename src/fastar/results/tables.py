@@ -130,7 +130,10 @@ def format_interval(stats: Interval, decimals: int) -> str:
     """`mean [low, high]`; the mean alone where there is no interval, or none that these decimals show."""
     if np.isnan(stats.mean):
         return "–"
-    mean, low, high = (f"{value:,.{decimals}f}" for value in (stats.mean, stats.low, stats.high))
+    # + 0.0: no minus before a zero
+    mean, low, high = (
+        f"{round(value, decimals) + 0.0:,.{decimals}f}" for value in (stats.mean, stats.low, stats.high)
+    )
     return mean if np.isnan(stats.low) or low == high == mean else f"{mean} [{low}, {high}]"
 
 

@@ -25,5 +25,6 @@ def chunk_noise(
 
 
 def _generator(*key: int) -> torch.Generator:
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    plain = tuple(int(number) for number in key)  # numpy integers print otherwise
+    digest = hashlib.sha256(repr(plain).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

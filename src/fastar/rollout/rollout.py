@@ -48,7 +48,7 @@ class Rollout:
         timer: PassTimer | None = None,
     ) -> None:
         self.transformer, self.state, self.loop, self.timer = transformer, state, loop, timer
-        self.seeds = list(seeds)
+        self.seeds = [int(seed) for seed in seeds]
         self.latent_shape = tuple(latent_shape)
         self.next_frame = 0
         self.device = next(transformer.parameters()).device
@@ -161,7 +161,7 @@ class Rollout:
         self.state.forget_working_copies()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a bit-for-bit continuation needs, tensors on the CPU."""
+        """All that a bit-for-bit continuation needs, as copies; a state may be loaded on another device."""
         return {
             "next_frame": self.next_frame,
             "seeds": self.seeds,
@@ -169,6 +169,7 @@ class Rollout:
             "attention": self.state.state_dict(),
         }
 
+    @torch.inference_mode()  # buffers that grew in a pass can be written in this mode alone
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
 

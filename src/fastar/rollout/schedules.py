@@ -6,8 +6,8 @@ TABLE = 1000  # training timesteps of Wan's scheduler
 
 
 def shifted_sigma(u: float, shift: float) -> float:
-    """sigma = s u / (1 + (s - 1) u) for u in [0, 1]."""
-    return shift * u / (1 + (shift - 1) * u)
+    """sigma = s u / (1 + (s - 1) u) for u in [0, 1], in a form that gives exactly 1 for u = 1."""
+    return shift * u / ((1 - u) + shift * u)
 
 
 def uniform_timesteps(num_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:

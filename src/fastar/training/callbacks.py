@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from fastar.training.module import SYNC_EVERY
+
 
 class ExportingEMA(EMAWeightAveraging):
     """EMA of the weights; every few minutes rank 0 exports the averaged module.
@@ -51,6 +53,35 @@ class ExportingEMA(EMAWeightAveraging):
         with torch.no_grad():
             self.export(self._average_model.module, self.folder)
         rank_zero_info(f"exported EMA weights to {self.folder.name}")
+
+
+class TimedCheckpoint(Callback):
+    """Keeps a checkpoint from which an interrupted stage goes on: weights, EMA, optimisers, progress.
+
+    Lightning's ModelCheckpoint heeds no time interval under manual optimisation. Place it after the EMA callback.
+
+    Args:
+        path: the file; each checkpoint replaces the last.
+        every_minutes: time between checkpoints, rounded up to whole periods of `SYNC_EVERY` steps.
+    """
+
+    def __init__(self, path: Path, *, every_minutes: float) -> None:
+        self.path, self.every_seconds = path, 60 * every_minutes
+        self._last = time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._last = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        if trainer.global_step % SYNC_EVERY:
+            return
+        now = time.monotonic()
+        # all ranks save together, by rank 0's clock
+        if trainer.strategy.broadcast(now - self._last >= self.every_seconds):
+            self._last = now
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 class ProgressLine(Callback):

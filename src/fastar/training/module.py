@@ -83,8 +83,13 @@ class TimedModule(lightning.LightningModule):
         return losses["loss"].detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["progress"] = {"elapsed": self.progress.elapsed, "steps": self.steps_done}
+        checkpoint["progress"] = {
+            "elapsed": self.progress.elapsed,
+            "steps": self.steps_done,
+            "share_done": self.share_done,  # the clock is read again only some steps later
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.progress.elapsed_before = checkpoint["progress"]["elapsed"]
         self.steps_done = checkpoint["progress"]["steps"]
+        self.share_done = checkpoint["progress"]["share_done"]

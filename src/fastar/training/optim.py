@@ -61,6 +61,11 @@ class Progress:
     def __init__(
         self, *, max_steps: int, max_minutes: float | None, warmup_steps: int, decay_share: float
     ) -> None:
+        if max_steps < 1 or (max_minutes is not None and max_minutes <= 0) or not 0 < decay_share <= 1:
+            raise ValueError(
+                "a training stage needs max_steps >= 1, max_minutes > 0 (or null) and decay_share in (0, 1], "
+                f"got {max_steps}, {max_minutes} and {decay_share}"
+            )
         self.max_steps, self.max_minutes = max_steps, max_minutes
         self.warmup_steps, self.decay_share = warmup_steps, decay_share
         self.elapsed_before = 0.0

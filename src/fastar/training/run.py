@@ -2,18 +2,18 @@
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
-from fastar.training.callbacks import ExportingEMA, ProgressLine
+from fastar.training.callbacks import ExportingEMA, ProgressLine, TimedCheckpoint
 from fastar.training.module import TimedModule
+
+CHECKPOINT = "last.ckpt"  # in a stage's folder while it is not finished
 
 
 def make_loader(
@@ -35,7 +35,7 @@ def make_loader(
 
 def interrupted_steps(output: Path, name: str) -> int:
     """Optimiser steps that an interrupted stage `name` in `output` has done; 0 if there is none."""
-    unfinished = output / name / "last.ckpt"
+    unfinished = output / name / CHECKPOINT
     if not unfinished.exists():
         return 0
     return int(torch.load(unfinished, map_location="cpu", weights_only=False)["progress"]["steps"])
@@ -58,13 +58,8 @@ def fit(
     """
     folder = output / name
     on_gpu = torch.cuda.is_available()
-    checkpoints = ModelCheckpoint(
-        folder,
-        filename="last",
-        save_top_k=1,
-        train_time_interval=timedelta(minutes=export_every_minutes),
-        enable_version_counter=False,
-    )
+    unfinished = folder / CHECKPOINT
+    checkpoints = TimedCheckpoint(unfinished, every_minutes=export_every_minutes)
     ema = ExportingEMA(
         decay=ema_decay, export=export, folder=output / f"{name}_ema", every_minutes=export_every_minutes
     )
@@ -77,11 +72,11 @@ def fit(
         logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=25,
         callbacks=[ema, checkpoints, ProgressLine()],
+        enable_checkpointing=False,  # Lightning's own kind
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    unfinished = folder / "last.ckpt"
     trainer.fit(
         module, loader, ckpt_path=str(unfinished) if unfinished.exists() else None, weights_only=False
     )

@@ -1,0 +1,92 @@
+"""The clips that seeds stand for: true frames to start from, actions, and the truth about the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from fastar.data.doom.dataset import DoomClips, render_clip
+from fastar.data.doom.env import DoomWorlds
+from fastar.data.doom.policy import Walk
+from fastar.data.doom.returns import ReturnClips
+from fastar.metrics.revisit import masked_psnr
+from fastar.sparsity.base import check_choice
+
+SOURCES = ("returns", "heldout")
+
+
+@dataclass
+class Clips:
+    """A batch of clips, on the CPU; B videos of F = prefill + generated frames.
+
+    Attributes:
+        frames: uint8 [B, F, H, W, 3]. actions: int64 [B, F].
+        prefill: frames that a rollout is given.
+        return_frames: int64 [B, R], absolute indices of frames in which seen pixels return; None for other clips.
+        return_masks: bool [B, R, H, W], those pixels.
+    """
+
+    frames: Tensor
+    actions: Tensor
+    prefill: int
+    return_frames: Tensor | None = None
+    return_masks: Tensor | None = None
+
+    @property
+    def truth(self) -> Tensor:
+        """The frames that were not given: uint8 [B, F - prefill, H, W, 3]."""
+        return self.frames[:, self.prefill :]
+
+    def revisit_psnr(self, generated: Tensor) -> Tensor | None:
+        """PSNR on returning pixels per clip [B], of frames [B, F - prefill, H, W, 3]; None without that truth."""
+        if self.return_frames is None or self.return_masks is None:
+            return None
+        rows = torch.arange(len(self.frames))[:, None]
+        picked = generated[rows, self.return_frames - self.prefill]
+        return masked_psnr(picked, self.frames[rows, self.return_frames], self.return_masks)
+
+
+def load_clips(data: DictConfig, source: str, seeds: Sequence[int], *, prefill: int, generated: int) -> Clips:
+    """The clips number `seeds` of a source in conf/data, rendered now.
+
+    Raises:
+        ValueError: an unknown source, or no such clip has enough returning frames.
+    """
+    check_choice("source", source, SOURCES)
+    if source == "returns":
+        dataset = instantiate(data.returns, history=prefill, future=generated, clips=max(seeds) + 1)
+        items = [_render_return(dataset, seed) for seed in seeds]
+    else:
+        items = [
+            next(iter(instantiate(data.heldout, frames=prefill + generated, first_index=seed, clips=1)))
+            for seed in seeds
+        ]
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    return Clips(
+        frames=batch["frames"],
+        actions=batch["actions"],
+        prefill=prefill,
+        return_frames=batch.get("return_frames"),
+        return_masks=batch.get("return_masks"),
+    )
+
+
+def _render_return(dataset: ReturnClips, index: int) -> dict[str, Tensor]:
+    walk, truth = dataset.plan(index)
+    with DoomWorlds([walk.world]) as engine:
+        return {**render_clip(engine, 0, walk), **truth}
+
+
+def steered_clip(dataset: DoomClips, index: int, actions: Sequence[int], *, prefill: int) -> Clips:
+    """Clip `index` of a dataset up to frame `prefill`, then what the simulator shows for the given `actions`."""
+    world, walk = dataset.plan(index)
+    steered = Walk(world, walk.poses[0], frames=prefill + len(actions))
+    steered.poses, steered.actions = walk.poses[:prefill], walk.actions[:prefill]
+    for action in actions:
+        steered.act(action)
+    with DoomWorlds([world]) as engine:
+        item = render_clip(engine, 0, steered)
+    return Clips(frames=item["frames"][None], actions=item["actions"][None], prefill=prefill)

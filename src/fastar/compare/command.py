@@ -1,0 +1,61 @@
+"""What the entry points share on the command line: a progress bar, clear errors, early checks."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def wide_console() -> Console:
+    """The terminal as it is; a pipe or a file has no width to respect, and tables may be wide there."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Chunks done of all chunks, and the time it took."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """What a person can put right ends the command with its one sentence, without a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit("interrupted: the same command goes on where this one stopped") from error
+
+
+def check_choices(arguments: Sequence[str], folder: Path) -> None:
+    """Exit with the choices if the command line asks for a config that the group's `folder` lacks.
+
+    Hydra says so itself, except for members of a list such as method=[...].
+    """
+    group, choices = folder.name, sorted(path.stem for path in folder.glob("*.yaml"))
+    overrides = [argument for argument in arguments if argument.startswith(f"{group}=")]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        value = override.value()
+        names = value if isinstance(value, list) else [value]
+        unknown = [name for name in names if str(name) not in choices]
+        if unknown:
+            raise SystemExit(f"error: unknown {group} '{unknown[0]}': choose from {', '.join(choices)}")
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder`; ValueError if nothing can be written there."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"cannot write to {folder} ({reason}): choose another folder with paths.outputs=..."
+        ) from error

@@ -1,0 +1,216 @@
+"""What a comparison found, from the store: tables with spread, plots, videos side by side. Nothing is computed anew."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
+from fastar.results import load
+from fastar.results.files import read_summary, write_json
+from fastar.results.plots import colours_of, plot_curves, plot_frontier
+from fastar.results.sinks import Sink
+from fastar.results.tables import differences, failures, pivot, spread, to_markdown, to_rich
+
+QUALITY = ("psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr")
+MEMORY = ("cache_bytes/end", "byte_share/end", "slot_share/end", "density", "peak_allocated")
+SPEED = ("fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "fps")
+TABLES = {"quality": QUALITY, "memory and work": MEMORY, "speed": SPEED}
+COMPARED = ("psnr", "revisit_psnr")
+TO_DENSE = "psnr"
+AT_END = ("cache_bytes", "byte_share", "slot_share")
+
+PROTOCOLS = {
+    "A": "protocol A: dense past, the method only denoises",
+    "B": "protocol B: dense trajectory through the method's own cache",
+    "C": "protocol C: free-running",
+}
+
+
+@dataclass
+class Report:
+    """Tables by title, pictures and videos by name, all in `folder`."""
+
+    folder: Path
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
+    videos: dict[str, Path] = field(default_factory=dict)
+    caption: str = ""
+
+    def show(self, console: Console) -> None:
+        """Print the tables and where the rest is."""
+        console.print(f"\n{self.caption}", highlight=False)
+        for title, table in self.tables.items():
+            console.print(to_rich(table, title=title))
+        console.print(f"\ntables, plots and videos: {self.folder}", highlight=False, soft_wrap=True)
+
+    def mirror(self, sink: Sink, summary: Mapping[str, Any]) -> None:
+        """Hand everything to a sink, as a run of its own."""
+        sink.start(self.folder, summary)
+        for title, table in self.tables.items():
+            sink.table(title, table)
+        for name, path in self.images.items():
+            sink.image(name, path)
+        for name, path in self.videos.items():
+            sink.video(name, path)
+        sink.finish("done")
+
+
+def write_report(
+    folder: Path,
+    runs: Sequence[Path],
+    *,
+    methods: Sequence[str],
+    seed: int,
+    baseline: str,
+    budget_share: float,
+) -> Report:
+    """Write tables, plots and videos of `runs`, and of what earlier reports in this `folder` were about.
+
+    Args:
+        folder: of the report, beside the run folders.
+        methods: in the order of lines and colours.
+        seed: whose videos are shown side by side.
+        baseline: method that paired differences are taken to.
+        budget_share: of the runs that are shown as curves and videos, if the report knows several.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _remember(folder, runs)
+    rows = per_seed(load(known))
+    if "budget_share" not in rows:
+        rows["budget_share"] = float("nan")
+    rows["rank"] = rows["method"].map({name: rank for rank, name in enumerate(methods)})
+    rows = rows.sort_values(["rank", "budget_share"], kind="stable")
+    several = rows["budget_share"].nunique() > 1
+    rows["line"] = [
+        f"{method} {share:.0%}" if several and share == share else method
+        for method, share in zip(rows["method"], rows["budget_share"], strict=True)
+    ]
+    rows = pd.concat([rows, _at_end(rows)], ignore_index=True)
+    report = Report(folder, caption=describe(known))
+    _add_tables(report, rows, baseline)
+    here = rows[rows["budget_share"].isna() | (rows["budget_share"] == budget_share)]
+    colours = colours_of(methods)
+    _add_plots(report, rows, here, colours)
+    _add_videos(report, known, methods, seed, budget_share)
+    _save_tables(report, rows)
+    return report
+
+
+def per_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose `seed` is one number: that of the clip, where a run had several."""
+
+    def own(seed: int | tuple[int, ...], clip: Any) -> int | str:
+        if not isinstance(seed, tuple):
+            return seed
+        return str(seed) if pd.isna(clip) else seed[clip]  # a time, say, is of the whole batch
+
+    seeds = [own(seed, clip) for seed, clip in zip(rows["seed"], rows["clip"], strict=True)]
+    return rows.assign(seed=pd.Series(seeds, index=rows.index, dtype=object), clip=pd.NA)
+
+
+def describe(runs: Sequence[Path]) -> str:
+    """One line on backbone, weights, lengths and hardware of runs that share them."""
+    summaries = [summary for run in runs if (summary := read_summary(run)) is not None]
+    first, config = summaries[-1], summaries[-1]["config"]
+    made = first["environment"]
+    seeds = {seed for s in summaries for seed in (s["seed"] if isinstance(s["seed"], list) else [s["seed"]])}
+    commit = (made.get("git") or {}).get("commit") or "unknown"
+    return (
+        f"backbone {first['labels']['backbone']}, checkpoint {str(first['checkpoint_sha256'])[:8]}, "
+        f"{config['frames']} frames generated after {config['prefill_frames']} true ones ({config['source']}), "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, batch {config['batch']}, {config['dtype']}, "
+        f"{made['device']}, {made['threads']} threads, torch {made['packages'].get('torch')}, code {commit[:8]}"
+    )
+
+
+def _remember(folder: Path, runs: Sequence[Path]) -> list[Path]:
+    """The runs of this report: those named, and those that runs.json already names."""
+    manifest = folder / "runs.json"
+    earlier = json.loads(manifest.read_text())["runs"] if manifest.exists() else []
+    names = list(dict.fromkeys([*earlier, *(run.name for run in runs)]))
+    write_json(manifest, {"runs": names})
+    return [path for name in names if (path := folder.parent / name).is_dir()]
+
+
+def _at_end(rows: pd.DataFrame) -> pd.DataFrame:
+    """The last chunk's value of what grows over a rollout, as metric `<name>/end`."""
+    chosen = rows[rows["metric"].isin(AT_END)]
+    last = chosen[chosen["chunk"] == chosen.groupby(["run_id", "metric"])["chunk"].transform("max")]
+    return last.assign(metric=last["metric"] + "/end", chunk=pd.NA, frame=pd.NA)
+
+
+def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
+    for protocol, meaning in PROTOCOLS.items():
+        part = rows[rows["protocol"] == protocol]
+        for title, metrics in TABLES.items():
+            stats = spread(part, index="line", metrics=metrics)
+            order = {line: rank for rank, line in enumerate(part["line"].unique())}
+            stats = stats.sort_values("line", key=lambda lines: lines.map(order), kind="stable")
+            if not stats.empty:
+                table = pivot(stats).rename(columns={"line": "method"})
+                report.tables[f"{meaning}; {title}"] = table
+        scored = part[part["metric"].isin(COMPARED)]
+        if baseline in set(scored["line"]) and scored["seed"].nunique() > 1:
+            stats = differences(scored, baseline=baseline, index="line", metrics=COMPARED)
+            table = pivot(stats).rename(columns={"line": "method"})
+            report.tables[f"{meaning}; paired difference to {baseline}"] = table
+    for protocol, part in rows.groupby("protocol"):
+        failed = failures(part, index="line").rename(columns={"line": "method"})
+        if not failed.empty:
+            report.tables[f"protocol {protocol}: failed runs"] = failed.astype(str)
+
+
+def _save_tables(report: Report, rows: pd.DataFrame) -> None:
+    text = [f"{report.caption}\n"]
+    text += [f"\n**{title}**\n\n{to_markdown(table)}" for title, table in report.tables.items()]
+    (report.folder / "results.md").write_text("".join(text))
+    stats = spread(rows, index=["protocol", "method", "budget_share"])
+    stats.to_csv(report.folder / "results.csv", index=False)
+
+
+def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: Mapping[str, str]) -> None:
+    free = here[here["protocol"] == "C"]
+    times = free[free["metric"] == "chunk_s"]
+    if times["frame"].nunique() > 1:
+        chunk = int(times["frame"].drop_duplicates().sort_values().diff().min())
+        rates = times.assign(metric="fps", value=chunk / times["value"])
+        for name, table, metric in (("fps_frames", rates, "fps"), ("memory_frames", free, "cache_bytes")):
+            report.images[name] = plot_curves(table, metric, report.folder / f"{name}.png", colours=colours)
+    setting = "budget_share" if rows["budget_share"].nunique() > 1 else None
+    for protocol, meaning in PROTOCOLS.items():
+        part = rows[rows["protocol"] == protocol]
+        for name, metric in (("fidelity_bytes", TO_DENSE), ("revisit_bytes", "revisit_psnr")):
+            scored = part if metric != TO_DENSE else part[part["method"] != "dense"]
+            if scored.loc[scored["metric"] == metric, "value"].notna().any():
+                path = report.folder / f"{name}_{protocol}.png"
+                report.images[f"{name}_{protocol}"] = plot_frontier(
+                    scored, "cache_bytes/end", metric, path, setting=setting, colours=colours, title=meaning
+                )
+
+
+def _add_videos(
+    report: Report, runs: Sequence[Path], methods: Sequence[str], seed: int, budget_share: float
+) -> None:
+    found: dict[str, Any] = {}
+    truth = None
+    for run in runs:
+        summary, video = read_summary(run), run / "videos" / f"generated_seed{seed}.mp4"
+        if summary is None or summary["labels"].get("budget_share", budget_share) != budget_share:
+            continue
+        if video.exists():
+            found[summary["labels"]["method"]] = read_mp4(video)
+            truth = read_mp4(video.with_name(f"truth_seed{seed}.mp4"))
+            first_frame = int(summary["config"]["prefill_frames"])
+    if truth is None:
+        return
+    shown = {"truth": truth, **{name: found[name] for name in methods if name in found}}
+    path = write_mp4(report.folder / "side_by_side.mp4", side_by_side(shown, scale=1))
+    report.videos["side_by_side"] = path
+    sheet = report.folder / "frames.png"
+    contact_sheet(shown, columns=8, first_frame=first_frame).save(sheet)
+    report.images["frames"] = sheet

@@ -1,0 +1,103 @@
+"""What is logged of a rollout, chunk by chunk and clip by clip, whatever the protocol."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from fastar.compare.clips import Clips
+from fastar.compare.session import Session
+from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
+from fastar.metrics.fidelity import frame_psnr
+from fastar.results.store import Run
+from fastar.rollout.rollout import NonFiniteError, Rollout
+
+WHOLE_CLIP = frozenset({"vmaf"})
+"""Metrics that look at consecutive frames, or start a program: taken once a clip, not per chunk."""
+
+
+class Scorer:
+    """Logs one run's quality and cost to the store.
+
+    Args:
+        metrics: distances to the reference video, (pred, target) -> score.
+        reference: latents [B, n, C, h, w] of the dense rollout, or None where there is none to compare with.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        session: Session,
+        clips: Clips,
+        metrics: Mapping[str, Metric],
+        reference: Tensor | None,
+    ) -> None:
+        self.run, self.session, self.clips = run, session, clips
+        self.metrics, self.reference = metrics, reference
+        config = session.backbone.config
+        self.tokens = config.tokens_per_frame
+        self.density = DensityRecorder(tokens_per_frame=self.tokens)
+
+    def chunk(self, first: int, latents: Tensor, shown: Tensor) -> None:
+        """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, n, H, W, 3]."""
+        if not torch.isfinite(latents).all():
+            raise NonFiniteError(f"frames {first}-{first + latents.shape[1] - 1} contain NaN or infinity")
+        start = first - self.clips.prefill
+        part = slice(start, start + latents.shape[1])
+        scores: dict[str, list[float]] = {
+            "psnr/truth": frame_psnr(shown, self.clips.truth[:, part]).mean(dim=1).tolist()
+        }
+        if self.reference is not None:
+            wanted = self.reference[:, part]
+            target = self.session.decode(wanted)
+            for name in self.metrics.keys() - WHOLE_CLIP:
+                scores[name] = self._per_clip(name, shown, target)
+            error = (latents - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+            scores["latent_error"] = error.tolist()
+        self._log(scores, chunk=start // self.session.chunk, frame=first)
+
+    def cost(self, first: int, rollout: Rollout) -> None:
+        """Density, slots and bytes after the chunk at frame `first`; bytes are per video."""
+        cache, batch = rollout.state.cache, len(rollout.seeds)
+        transformer = self.session.backbone.config.transformer
+        slots = dense_slots(frames=rollout.next_frame, tokens_per_frame=self.tokens)
+        dense = dense_bytes(
+            frames=rollout.next_frame, tokens_per_frame=self.tokens, layers=transformer.num_layers,
+            batch=batch, heads=transformer.num_heads, head_dim=transformer.head_dim,
+        )  # fmt: skip
+        values = {
+            "cache_bytes": cache.bytes_used() / batch,
+            "cache_slots": float(cache.slots_used()),
+            "byte_share": cache.bytes_used() / dense,
+            "slot_share": cache.slots_used() / slots,
+            "density": self.density.curve()[-1].density,
+        }
+        self.run.log(values, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
+
+    def clip(self, shown: Tensor) -> None:
+        """Scores of whole videos, uint8 [B, n, H, W, 3], n all generated frames."""
+        scores: dict[str, list[float]] = {}
+        returned = self.clips.revisit_psnr(shown)
+        if returned is not None:
+            scores["revisit_psnr"] = returned.tolist()
+        if self.reference is not None and self.metrics.keys() & WHOLE_CLIP:
+            target = self.session.decode_chunks(self.reference)
+            scores |= {name: self._per_clip(name, shown, target) for name in self.metrics.keys() & WHOLE_CLIP}
+        self._log(scores)
+
+    def _per_clip(self, name: str, shown: Tensor, target: Tensor) -> list[float]:
+        values, metric = [], self.metrics[name]
+        for pred, wanted in zip(shown, target, strict=True):
+            metric.reset()
+            metric.update(pred, wanted)
+            values.append(float(metric.compute()))
+        return values
+
+    def _log(
+        self, scores: Mapping[str, list[float]], chunk: int | None = None, frame: int | None = None
+    ) -> None:
+        batch = len(self.clips.frames)
+        for clip in range(batch):
+            values = {name: found[clip] for name, found in scores.items()}
+            self.run.log(values, clip=clip if batch > 1 else None, chunk=chunk, frame=frame)
