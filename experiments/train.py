@@ -35,13 +35,17 @@ def main(config: DictConfig) -> None:
     unknown = [stage for stage in config.training.stages if stage not in STAGES]
     if unknown:
         raise ValueError(f"unknown training stage '{unknown[0]}': choose from {', '.join(STAGES)}")
+    output = Path(config.output)
+    if (output / "checkpoint" / "config.json").exists() and not config.force:
+        log.info("%s is trained already: say force=true to train it anew", output)
+        return
     torch.set_float32_matmul_precision("high")
     lightning.seed_everything(config.seed, workers=True)
     backbone: Backbone = instantiate(config.backbone)
     if config.training.init_from is not None:
         load_weights(backbone, Path(config.training.init_from))
-    finished = Path(config.output) / "autoencoder_finished"
-    if "autoencoder" in config.training.stages and (finished / "config.json").exists():
+    finished = output / "autoencoder_finished"
+    if "autoencoder" in config.training.stages and (finished / "config.json").exists() and not config.force:
         log.info("the autoencoder stage of this run is finished already: %s", finished)
         load_weights(backbone, finished)
     elif "autoencoder" in config.training.stages:
@@ -49,9 +53,9 @@ def main(config: DictConfig) -> None:
     if "transformer" in config.training.stages:
         train_transformer(config, backbone)
     if is_first_process():
-        export(config, backbone, Path(config.output) / "checkpoint")
-        save_backbone(Path(config.output) / "checkpoint_float32", backbone)  # to state what the storage format costs
-        log.info("wrote the checkpoint to %s", Path(config.output) / "checkpoint")
+        save_backbone(output / "checkpoint_float32", backbone)  # to state what the storage format costs
+        export(config, backbone, output / "checkpoint")  # last: it marks the run as finished
+        log.info("wrote the checkpoint to %s", output / "checkpoint")
 
 
 def load_weights(backbone: Backbone, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 A method enters by its file in conf/cache or conf/self_attention. Finer tests lie where the parts do:
 
-1. cached equals uncached: tests/rollout, tests/training/test_world_model.py, tests/backbones
+1. cached equals uncached: tests/rollout, tests/training/test_teacher_forcing.py, tests/backbones
 2. merging duplicates: tests/cache, tests/sparsity/test_annca.py, tests/engines
 3. density 1 and room for everything: tests/sparsity/test_selectors.py, tests/cache/test_policies.py
 4. bounds: tests/cache/test_policies.py
@@ -14,6 +14,7 @@ A method enters by its file in conf/cache or conf/self_attention. Finer tests li
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +56,7 @@ from tests.small import (
     small_rollout,
     small_state,
 )
+from tests.test_repository import EXPERIMENTS, command_of, name_of
 
 CACHES, SELECTORS = configs("cache"), configs("self_attention")
 BUDGETED = [name for name, config in CACHES.items() if "budget_frames" in config]
@@ -298,3 +300,16 @@ def test_6_the_wan_config_is_the_published_model_of_825_names() -> None:
     """The YAML names the sizes whose names, parameters and parity with diffusers are tested in tests/backbones."""
     wan = make(configs("backbone")["wan_1_3b"].transformer)
     assert wan == WAN_1_3B and len(list(key_pairs(wan))) == 825
+
+
+# -- 7 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_7_every_experiment_composes_to_its_tiny_version(
+    path: Path, composed: Callable[..., DictConfig]
+) -> None:
+    """debug=tiny has the last word on the backbone, whatever the file says; tests/experiments runs such configs."""
+    name, overrides = command_of(path)
+    config = composed(name, *overrides, "debug=tiny")
+    assert config.backbone.name == "tiny" and config.backbone.transformer.dim <= 64

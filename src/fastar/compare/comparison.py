@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastar import engines
 from fastar.compare import methods as method_nodes
 from fastar.compare.clips import SOURCES, Clips, load_clips
 from fastar.compare.free import Generated, free_run
@@ -258,6 +259,9 @@ class Comparison:
     def _check(self) -> None:
         config, chunk = self.config, self.session.chunk
         check_choice("source", config.source, SOURCES)
+        for method in self.methods.values():
+            if method.engine != "auto":
+                engines.get(method.engine)
         for protocol in config.protocols:
             check_choice("protocols", protocol, PROTOCOLS)
         if {"A", "B"} & set(config.protocols) and not self._needs_reference:

@@ -47,6 +47,7 @@ def free_run(
     memory = PeakMemory(session.device)
     memory.start()
     rollout = session.start(method, seeds, timer=timer, recorders=[scorer.density])
+    scorer.started(rollout)
     latents, shown = _begin(session, rollout, clips, run, timer)
     for _ in latents:
         advance()

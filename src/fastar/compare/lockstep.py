@@ -35,6 +35,8 @@ def run_a(
         name: session.start(method, seeds, cache=caches[name], recorders=[scorers[name].density])
         for name, method in methods.items()
     }
+    for name, student in students.items():
+        scorers[name].started(student)
     shown: dict[str, list[Tensor]] = {name: [] for name in methods}
     for first, name, chunk in lockstep_a(teacher, students, trajectory, clips.actions, clips.prefill):
         shown[name].append(session.decode(chunk))
@@ -56,6 +58,7 @@ def run_b(
 ) -> None:
     """One method, whose commit passes read its own cache; arguments as in `run_a`."""
     rollout = session.start(method, seeds, recorders=[scorer.density])
+    scorer.started(rollout)
     shown: list[Tensor] = []
     for first, chunk in lockstep_b(rollout, trajectory, clips.actions, clips.prefill):
         shown.append(session.decode(chunk))

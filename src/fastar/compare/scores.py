@@ -39,6 +39,10 @@ class Scorer:
         self.tokens = config.tokens_per_frame
         self.density = DensityRecorder(tokens_per_frame=self.tokens)
 
+    def started(self, rollout: Rollout) -> None:
+        """Record which engine `auto` became."""
+        self.run.summary["engine"] = rollout.state.engine
+
     def chunk(self, first: int, latents: Tensor, shown: Tensor) -> None:
         """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, n, H, W, 3]."""
         if not torch.isfinite(latents).all():

@@ -117,6 +117,7 @@ class Rollout:
                     latents = torch.lerp(clean, noise, following)
                 else:
                     latents = latents + (following - sigma) * velocity
+        self._require_finite(latents, "denoising")
         return latents
 
     @torch.inference_mode()
@@ -142,13 +143,8 @@ class Rollout:
                 actions=None if actions is None else actions.to(self.device),
                 odometry=self._odometry(actions),
             ).float()
-            # one look a chunk: a check of every pass would make the GPU wait for the host
-            if context.commits and not torch.isfinite(velocity).all():
-                last_frame = context.first_frame + context.num_frames - 1
-                raise NonFiniteError(
-                    f"the backbone returned NaN or infinity in the {context.kind} pass of frames {context.first_frame} "
-                    f"to {last_frame}: the cache is as it was before this chunk"
-                )
+            if context.commits:
+                self._require_finite(velocity, f"{context.kind} pass")
         except BaseException:
             self.state.abort_pass()
             raise
@@ -183,6 +179,14 @@ class Rollout:
         self.next_frame = int(saved["next_frame"])
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
+
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        """Twice a chunk, not in every pass: each look makes the GPU wait for the host."""
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(
+                f"the backbone returned NaN or infinity in the {what} of frames {self.next_frame} to "
+                f"{self.next_frame + self.loop.chunk_frames - 1}: the cache is as it was before this chunk"
+            )
 
     def _poses(self, actions: Tensor) -> Tensor:
         """Poses [B, n, 3] of the frames that follow the last committed one under `actions` [B, n]."""
