@@ -44,7 +44,9 @@ class Evaluation:
         self.device = torch.device(config.device if config.device != "auto" else _best_device())
         self.backbone: Backbone = load_backbone(config.checkpoint, device=self.device)
         if self.backbone.autoencoder is None:
-            raise ValueError(f"{config.checkpoint} has no autoencoder to see pixels with: use another checkpoint")
+            raise ValueError(
+                f"{config.checkpoint} has no autoencoder to see pixels with: use another checkpoint"
+            )
         self.autoencoder = self.backbone.autoencoder
         self.loop: ChunkLoop = instantiate(config.rollout, chunk_frames=self.backbone.config.chunk_frames)
         self.output = Path(config.output)

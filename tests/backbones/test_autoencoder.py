@@ -108,4 +108,6 @@ def test_fit_linear_is_the_projection_on_principal_components() -> None:
     assert torch.allclose(
         restored, torch.nn.functional.fold(expected.T[None], (64, 64), 8, stride=8)[0], atol=1e-4
     )
-    assert 0.1 < values[16:].square().sum() / values.square().sum() < 0.9  # something is kept, something is lost
+    assert (
+        0.1 < values[16:].square().sum() / values.square().sum() < 0.9
+    )  # something is kept, something is lost

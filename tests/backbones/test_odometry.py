@@ -6,7 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from fastar.backbones import CausalWanTransformer, WanConfig
+from fastar.backbones import CausalWanTransformer, WanConfig, build_backbone, load_backbone, save_backbone
 from fastar.backbones.odometry import Odometer
 from fastar.backbones.reference import FullAttend
 
@@ -81,6 +81,23 @@ def test_the_transformer_asks_for_odometry_exactly_when_it_has_an_odometer() -> 
         counting(latents, timesteps, attend=attend, actions=acted)
     with pytest.raises(ValueError, match="one row per frame"):
         counting(latents, timesteps, attend=attend, actions=acted, odometry=features[:, :1])
+
+
+def test_a_backbone_from_a_checkpoint_counts_as_the_one_that_was_saved(tmp_path) -> None:
+    sizes = {"dim": 24, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "in_channels": 4, "out_channels": 4}
+    fresh = build_backbone(
+        name="counting",
+        transformer=WanConfig(**sizes, num_actions=5, action_motions=tuple(MOTIONS)),
+        autoencoder=None,
+        frame_size=(32, 32),
+        chunk_frames=2,
+        context_frames=8,
+    )
+    save_backbone(tmp_path, fresh)
+    loaded = load_backbone(tmp_path).transformer  # built on the meta device, then filled
+    way = actions(FORWARD, LEFT, FORWARD)
+    poses = [net.odometer.advance(net.odometer.start(1, "cpu"), way) for net in (fresh.transformer, loaded)]
+    assert torch.equal(*poses)
 
 
 def test_one_motion_for_each_action() -> None:

@@ -26,9 +26,9 @@ class Odometer:
     num_features = 2 * len(HARMONICS) + 4 * len(WAVELENGTHS)
 
     def __init__(self, motions: Sequence[tuple[float, float]]) -> None:
-        self.motions = torch.tensor(
-            [(step, math.radians(turn)) for step, turn in motions], dtype=torch.float64
-        )
+        self.motions = [(float(step), math.radians(turn)) for step, turn in motions]
+        # made where they are first used: a backbone may be built on the meta device and filled later
+        self._tables: dict[torch.device, Tensor] = {}
 
     def start(self, batch: int, device: torch.device | str) -> Tensor:
         """Poses at the origin, heading 0: float64 [batch, 3] of x, y in steps and heading in radians."""
@@ -43,11 +43,16 @@ class Odometer:
 
     def advance(self, pose: Tensor, actions: Tensor) -> Tensor:
         """Poses [B, F, 3] of the frames that `actions` [B, F] lead to, from `pose` [B, 3] of the frame before."""
-        step, turn = self.motions.to(actions.device)[actions].unbind(-1)
+        step, turn = self._table_on(actions.device)[actions].unbind(-1)
         heading = pose[:, None, 2] + turn.cumsum(dim=1)
         x = pose[:, None, 0] + (step * heading.cos()).cumsum(dim=1)
         y = pose[:, None, 1] + (step * heading.sin()).cumsum(dim=1)
         return torch.stack([x, y, heading], dim=-1)
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = torch.tensor(self.motions, dtype=torch.float64, device=device)
+        return self._tables[device]
 
     def features(self, poses: Tensor) -> Tensor:
         """Sines and cosines of poses [..., 3]: float32 [..., num_features]."""

@@ -89,5 +89,5 @@ def _begin(
         return latents, [session.decode(chunk.to(session.device)) for chunk in latents]
     start = time.perf_counter()
     rollout.prefill(session.encode(clips.frames[:, : clips.prefill]), clips.actions[:, : clips.prefill])
-    run.log({"prefill_s": time.perf_counter() - start}, unit="s")
+    run.log({"prefill_s": time.perf_counter() - start})
     return [], []

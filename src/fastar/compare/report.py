@@ -1,7 +1,7 @@
 """What a comparison found, from the store: tables with spread, plots, videos side by side. Nothing is computed anew."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,13 @@ def _at_end(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
-    for protocol, meaning in PROTOCOLS.items():
-        part = rows[rows["protocol"] == protocol]
+    for _, meaning, part in _protocols(rows):
         for title, metrics in TABLES.items():
             stats = spread(part, index="line", metrics=metrics)
-            order = {line: rank for rank, line in enumerate(part["line"].unique())}
-            stats = stats.sort_values("line", key=lambda lines: lines.map(order), kind="stable")
             if not stats.empty:
-                table = pivot(stats).rename(columns={"line": "method"})
+                order = {line: rank for rank, line in enumerate(part["line"].unique())}
+                table = pivot(stats).sort_values("line", key=lambda lines: lines.map(order))
+                table = table.rename(columns={"line": "method"})
                 report.tables[f"{meaning}; {title}"] = table
         scored = part[part["metric"].isin(COMPARED)]
         if baseline in set(scored["line"]) and scored["seed"].nunique() > 1:
@@ -163,6 +162,14 @@ def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
         failed = failures(part, index="line").rename(columns={"line": "method"})
         if not failed.empty:
             report.tables[f"protocol {protocol}: failed runs"] = failed.astype(str)
+
+
+def _protocols(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Each protocol's letter, meaning and rows; not C if it only served to make the dense trajectory."""
+    for protocol, meaning in PROTOCOLS.items():
+        part = rows[rows["protocol"] == protocol]
+        if len(part) and (part["method"].nunique() > 1 or rows["method"].nunique() == 1):
+            yield protocol, meaning, part
 
 
 def _save_tables(report: Report, rows: pd.DataFrame) -> None:
@@ -182,8 +189,7 @@ def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: 
         for name, table, metric in (("fps_frames", rates, "fps"), ("memory_frames", free, "cache_bytes")):
             report.images[name] = plot_curves(table, metric, report.folder / f"{name}.png", colours=colours)
     setting = "budget_share" if rows["budget_share"].nunique() > 1 else None
-    for protocol, meaning in PROTOCOLS.items():
-        part = rows[rows["protocol"] == protocol]
+    for protocol, meaning, part in _protocols(rows):
         for name, metric in (("fidelity_bytes", TO_DENSE), ("revisit_bytes", "revisit_psnr")):
             scored = part if metric != TO_DENSE else part[part["method"] != "dense"]
             if scored.loc[scored["metric"] == metric, "value"].notna().any():

@@ -19,6 +19,9 @@ METRICS: dict[str, MetricInfo] = {
     "psnr": MetricInfo("dB", "higher", 2, "peak signal-to-noise ratio to the reference, mean over frames"),
     "ssim": MetricInfo("", "higher", 4, "structural similarity to the reference, mean over frames"),
     "vmaf": MetricInfo("", "higher", 1, "VMAF (0-100) to the reference, mean over frames"),
+    "latent_error": MetricInfo(
+        "", "lower", 3, "relative error of the latents, norm over a chunk, to the reference"
+    ),
     "revisit_psnr": MetricInfo(
         "dB", "higher", 2, "PSNR to the simulator's truth on returning pixels, pooled per clip"
     ),
@@ -40,6 +43,7 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "peak_reserved": MetricInfo("B", "lower", 1, "peak memory the GPU allocator reserved"),
     # speed
+    "prefill_s": MetricInfo("s", "lower", 2, "time of pushing the true history through the commit pass"),
     "denoise_s": MetricInfo("s", "lower", 4, "time of a chunk's denoise passes"),
     "commit_s": MetricInfo("s", "lower", 4, "time of a chunk's commit pass"),
     "decode_s": MetricInfo("s", "lower", 4, "time of decoding a chunk"),
