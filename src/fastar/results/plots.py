@@ -39,14 +39,18 @@ def plot_curves(
         raise ValueError(f"no rows of {metric} with a frame index: log it per chunk, with frame=...")
     figure, axes = _figure(metric, title)
     colours = colours or colours_of([str(line) for line in stats[index].unique()])
-    for line, group in stats.groupby(index, sort=False):
+    lines = stats[index].nunique()
+    for order, (line, group) in enumerate(stats.groupby(index, sort=False)):
         group = group.sort_values("frame")
         frame = group["frame"].astype(float)
+        width = 5.0 - 3.8 * order / max(
+            lines - 1, 1
+        )  # later lines are thinner: equal ones show as a core in a rim
         dash = DASHES[_round_of(colours, str(line)) % len(DASHES)]
         axes.plot(
-            frame, group["mean"], color=colours[str(line)], label=str(line), linewidth=1.6, linestyle=dash
+            frame, group["mean"], color=colours[str(line)], label=str(line), linewidth=width, linestyle=dash
         )
-        if stats[index].nunique() <= MAX_BANDS:
+        if lines <= MAX_BANDS:
             axes.fill_between(
                 frame, group["low"], group["high"], color=colours[str(line)], alpha=0.15, linewidth=0
             )
