@@ -18,7 +18,7 @@ from fastar.results.tables import differences, failures, pivot, spread, to_markd
 
 QUALITY = ("psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr")
 MEMORY = ("cache_bytes/end", "byte_share/end", "slot_share/end", "density", "peak_allocated")
-SPEED = ("fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "fps")
+SPEED = ("fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "latency_p50/steady")
 TABLES = {"quality": QUALITY, "memory and work": MEMORY, "speed": SPEED}
 COMPARED = ("psnr", "revisit_psnr")
 TO_DENSE = "psnr"
