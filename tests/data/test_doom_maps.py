@@ -3,16 +3,19 @@
 import re
 import struct
 
+import numpy as np
 import pytest
 
 from fastar.data.doom.camera import HEADINGS, Action, Pose, expected_flow_sign, move, trajectory
 from fastar.data.doom.maps import CELL, CLEARANCE, WALL, World, make_world, write_wad
-from fastar.data.doom.textures import HELDOUT_FLATS, HELDOUT_WALLS, TRAIN_FLATS, TRAIN_WALLS
+from fastar.data.doom.textures import FAMILIES, SIZE, Pattern, paint
 
 
-def textures_of(world: World) -> tuple[set[str], set[str]]:
-    walls = set(re.findall(r'texture(?:middle|top)="([^"]+)"', world.textmap))
-    return walls, set(re.findall(r'texture(?:floor|ceiling)="([^"]+)"', world.textmap))
+def numbers_in(world: World) -> tuple[set[int], set[int]]:
+    """Textures that a world names: on walls, and on floors and ceilings."""
+    walls = set(re.findall(r'texture(?:middle|top)="@(\d+)"', world.textmap))
+    flats = set(re.findall(r'texture(?:floor|ceiling)="@(\d+)"', world.textmap))
+    return {int(number) for number in walls}, {int(number) for number in flats}
 
 
 def test_world_is_a_function_of_its_seed_and_split() -> None:
@@ -21,14 +24,35 @@ def test_world_is_a_function_of_its_seed_and_split() -> None:
     assert make_world(7).openings != make_world(7, split="heldout").openings
 
 
-def test_heldout_textures_never_occur_in_training() -> None:
-    assert not set(TRAIN_WALLS) & set(HELDOUT_WALLS)
-    assert not set(TRAIN_FLATS) & set(HELDOUT_FLATS)
-    for seed in range(10):
-        walls, flats = textures_of(make_world(seed))
-        assert walls <= set(TRAIN_WALLS) and flats <= set(TRAIN_FLATS)
-        walls, flats = textures_of(make_world(seed, split="heldout"))
-        assert walls <= set(HELDOUT_WALLS) and flats <= set(HELDOUT_FLATS)
+def test_every_world_has_textures_of_its_own() -> None:
+    first, again, other = (make_world(seed).textures() for seed in (3, 3, 4))
+    assert first == again and not set(first) & set(other)
+    world = make_world(3)
+    walls, flats = numbers_in(world)
+    assert walls and flats and not walls & flats
+    assert max(walls | flats) < world.num_textures == len(first)
+    assert all(png.startswith(b"\x89PNG") for png in first)
+
+
+def test_heldout_patterns_never_occur_in_training() -> None:
+    assert not set(FAMILIES["train"]) & set(FAMILIES["heldout"])
+
+
+@pytest.mark.parametrize("pattern", [*FAMILIES["train"], *FAMILIES["heldout"]])
+def test_patterns_have_contrast_and_no_seams(pattern: Pattern) -> None:
+    for seed in range(20):
+        share = pattern(np.random.default_rng(seed))
+        assert share.shape == (SIZE, SIZE) and 0 <= share.min() < 0.3 and 0.6 < share.max() <= 1
+        for axis in (0, 1):
+            steps = np.abs(np.diff(share, axis=axis, append=np.take(share, [0], axis)))
+            assert steps.max() < 0.45  # and the step from the last pixel to the first is among them
+
+
+def test_textures_are_colours_between_dim_and_bright() -> None:
+    pictures = np.stack([paint(np.random.default_rng(seed), "train") for seed in range(50)])
+    assert pictures.shape == (50, SIZE, SIZE, 3) and pictures.dtype == np.uint8
+    assert pictures.mean(axis=(1, 2, 3)).std() > 15  # worlds can be told apart by colour
+    assert pictures.std(axis=(1, 2)).max(axis=1).min() > 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,12 +87,15 @@ def test_wad_holds_the_worlds_in_order(tmp_path) -> None:
     write_wad(tmp_path / "worlds.wad", worlds)
     data = (tmp_path / "worlds.wad").read_bytes()
     magic, count, offset = struct.unpack("<4sii", data[:12])
-    assert (magic, count) == (b"PWAD", 9)
+    assert (magic, count) == (b"PWAD", 3 * 3 + 2 + sum(world.num_textures for world in worlds))
     lumps = [struct.unpack("<ii8s", data[offset + 16 * i : offset + 16 * i + 16]) for i in range(count)]
     names = [name.rstrip(b"\0").decode() for _, _, name in lumps]
     assert names[:4] == ["MAP01", "TEXTMAP", "ENDMAP", "MAP02"]
+    assert names[9] == "TX_START" and names[-1] == "TX_END" and len(set(names[10:-1])) == count - 11
     start, size, _ = lumps[4]
-    assert data[start : start + size].decode() == worlds[1].textmap
+    textmap = data[start : start + size].decode()
+    assert textmap == worlds[1].textmap.replace('"@', '"W02T')
+    assert set(re.findall(r'"(W\d+T\d+)"', textmap)) <= set(names)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -42,7 +42,7 @@ def segment_sum(x: Tensor, root: Tensor, most: int) -> Tensor:
         dim=1, stable=True
     )  # slots that stay come last, as `count`
     target, order = target[:, :most], order[:, :most]
-    rows = rows_of(x * gone[..., None], order)
+    rows = rows_of(x, order) * gone.gather(1, order)[..., None]
     shift = 1
     while shift < most:
         same = target[:, shift:] == target[:, :-shift]

@@ -173,8 +173,9 @@ class TempCachePaper(SlotPolicy):
         if self.similarity == "centred":
             weight = live[..., None].float()
             mean = (past * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
-        maps = [key_features(x, self.similarity, mean=mean) for x in (own, past)]
-        return (maps[0] * rows_of(maps[1], found.clamp_min(0))).sum(-1)
+        pairs = (own, rows_of(past, found.clamp_min(0)))
+        maps = [key_features(x, self.similarity, mean=mean) for x in pairs]
+        return (maps[0] * maps[1]).sum(-1)
 
     def _best_of_each(self, own: Tensor, past: Tensor, live: Tensor, found: Tensor, merges: Tensor) -> Tensor:
         """Whether each token is the most similar (the newest of equals) of those that found the same past key."""

@@ -47,7 +47,7 @@ class AutoencoderModule(TimedModule):
 def vary_appearance(pixels: Tensor) -> Tensor:
     """Random flips, colours and contrast, one draw for each clip of [B, F, 3, H, W] in [-1, 1].
 
-    Doom has a few hundred textures; without this the autoencoder learns them by heart and fails on held-out ones.
+    It is to fit pictures in general, not the training patterns: held-out worlds show others.
     """
     clips, device = pixels.shape[0], pixels.device
     for axis in (-1, -2):

@@ -14,13 +14,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
-from fastar.data.doom.textures import HELDOUT_FLATS, HELDOUT_WALLS, TRAIN_FLATS, TRAIN_WALLS
+from fastar.data.doom.textures import Split, paint
 
-Split = Literal["train", "heldout"]
 Cell = tuple[int, int]
 Edge = tuple[Cell, Cell]
 
@@ -40,7 +40,13 @@ class World:
     cells: int
     openings: dict[Edge, int]  # edge (lower cell, higher cell) -> width in map units
     ceilings: dict[Cell | Edge, int]  # room or opening -> height above the floor, which is at 0 everywhere
-    textmap: str  # the UDMF lump
+    textmap: str  # the UDMF lump; texture number i is called @i
+    num_textures: int
+
+    def textures(self) -> list[bytes]:
+        """The world's own textures as PNG files, in the order of their numbers."""
+        rng = np.random.default_rng([SPLIT_OFFSET[self.split], self.seed, 1])
+        return [_png(paint(rng, self.split)) for _ in range(self.num_textures)]
 
     def is_free(self, x: float, y: float) -> bool:
         """Whether the camera can stand at map position (x, y) with CLEARANCE to every wall."""
@@ -86,7 +92,7 @@ class World:
 def make_world(seed: int, *, split: Split = "train", cells: int = 5, extra_openings: float = 0.4) -> World:
     """Draws a maze of `cells` x `cells` rooms; the same arguments give the same bytes.
 
-    `split` picks the texture lists (held-out families never occur in training) and a disjoint seed stream.
+    `split` picks the families of patterns on the walls (see `fastar.data.doom.textures`) and a disjoint seed stream.
     `extra_openings` is the share of the walls left by the spanning tree that are opened too.
     """
     if split not in SPLIT_OFFSET:
@@ -99,22 +105,34 @@ def make_world(seed: int, *, split: Split = "train", cells: int = 5, extra_openi
         (x, y): int(rng.choice((112, 128, 144, 160))) for x in range(cells) for y in range(cells)
     }
     ceilings.update({edge: 112 if width == WIDE else 96 for edge, width in openings.items()})
-    return World(seed, split, cells, openings, ceilings, _textmap(rng, split, cells, openings, ceilings))
+    num_textures = int(rng.integers(10, 25))
+    textmap = _textmap(rng, num_textures, cells, openings, ceilings)
+    return World(seed, split, cells, openings, ceilings, textmap, num_textures)
 
 
 def write_wad(path: Path, worlds: Sequence[World]) -> None:
-    """Writes worlds as maps MAP01, MAP02, ... of one PWAD (each: empty header lump, TEXTMAP, ENDMAP)."""
+    """Writes worlds as maps MAP01, ... of one PWAD (each: empty header lump, TEXTMAP, ENDMAP), then their textures."""
     if not 1 <= len(worlds) <= 99:
         raise ValueError(f"a PWAD holds 1 to 99 worlds here, not {len(worlds)}.")
     lumps: list[tuple[str, bytes]] = []
+    textures: list[tuple[str, bytes]] = []
     for number, world in enumerate(worlds, start=1):
-        lumps += [(f"MAP{number:02d}", b""), ("TEXTMAP", world.textmap.encode("ascii")), ("ENDMAP", b"")]
+        textmap = world.textmap.replace('"@', f'"W{number:02d}T')
+        lumps += [(f"MAP{number:02d}", b""), ("TEXTMAP", textmap.encode("ascii")), ("ENDMAP", b"")]
+        textures += [(f"W{number:02d}T{i}", png) for i, png in enumerate(world.textures())]
+    lumps += [("TX_START", b""), *textures, ("TX_END", b"")]
     offset, body, directory = 12, b"", b""
     for name, data in lumps:
         directory += struct.pack("<ii8s", offset, len(data), name.encode("ascii"))
         body += data
         offset += len(data)
     path.write_bytes(struct.pack("<4sii", b"PWAD", len(lumps), offset) + body + directory)
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    """An RGB picture as a PNG file."""
+    written: bytes = cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+    return written
 
 
 def _edge(a: Cell, b: Cell) -> Edge:
@@ -178,21 +196,19 @@ def _literal(value: str | float | bool) -> str:
 
 def _textmap(
     rng: np.random.Generator,
-    split: Split,
+    num_textures: int,
     cells: int,
     openings: dict[Edge, int],
     ceilings: dict[Cell | Edge, int],
 ) -> str:
-    walls, flats = (TRAIN_WALLS, TRAIN_FLATS) if split == "train" else (HELDOUT_WALLS, HELDOUT_FLATS)
-    # A world has its own palette, so that worlds look unlike each other and walls within one mostly do too.
-    wall_palette = rng.choice(walls, size=int(rng.integers(8, 25)), replace=False).tolist()
-    flat_palette = rng.choice(flats, size=int(rng.integers(4, 13)), replace=False).tolist()
+    # The first third of the textures is for floors and ceilings, the rest for walls.
+    flats = num_textures // 3
 
     def wall() -> str:
-        return str(wall_palette[rng.integers(len(wall_palette))])
+        return f"@{rng.integers(flats, num_textures)}"
 
     def sector(height: int) -> int:
-        floor, ceiling = (str(flat_palette[i]) for i in rng.integers(len(flat_palette), size=2))
+        floor, ceiling = (f"@{i}" for i in rng.integers(flats, size=2))
         light = int(rng.integers(176, 256))
         return lump.add(
             "sector",
