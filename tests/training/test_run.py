@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.train import main
 from fastar.backbones import load_backbone
 from fastar.backbones.checkpoint import read_config
+from fastar.training.callbacks import warming_average
 from fastar.training.module import SYNC_EVERY, TimedModule
 from fastar.training.run import CHECKPOINT, interrupted_steps, make_loader
 from tests.training.small import MovingBars, autoencoder_model, fresh_backbone, train, world_model
@@ -65,14 +66,25 @@ def test_a_stage_ends_with_its_average_in_hand_and_exported(tmp_path: Path) -> N
     exported = load_backbone(tmp_path / "transformer_ema")
     assert same(dict(exported.transformer.named_parameters()), dict(backbone.transformer.named_parameters()))
 
-    # the average by hand: the first step's weights, then decay 0.9
+    # the average by hand: the first step's weights, then a decay that grows with the number of updates
     name = "transformer.blocks.0.ffn.0.weight"
     history = [step[name] for step in diary.weights[1:]]
     average = history[0]
-    for value in history[1:]:
-        average = 0.9 * average + 0.1 * value
+    for updates, value in enumerate(history[1:], start=1):
+        kept = min(0.9, (1 + updates) / (10 + updates))
+        average = kept * average + (1 - kept) * value
     gap = (module.get_parameter(name) - average).abs().max()  # the last step alone is not in the diary
     assert 0 < gap < 0.15 * (history[-1] - history[0]).abs().max()
+
+
+def test_the_average_of_a_short_run_forgets_its_start() -> None:
+    average = warming_average(0.999)
+    value, updates = torch.zeros(3), torch.tensor(1)
+    for _ in range(600):
+        value, updates = average(value, torch.ones(3), updates), updates + 1
+    assert value.min() > 0.99  # a fixed decay would have 0.45 here
+    late = average(torch.zeros(1), torch.ones(1), torch.tensor(10**6))
+    assert late.item() == pytest.approx(0.001, rel=1e-3)
 
 
 def test_an_interrupted_stage_goes_on_where_its_checkpoint_stands(tmp_path: Path) -> None:
