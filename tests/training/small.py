@@ -61,6 +61,8 @@ def world_model(backbone: Backbone, **options: Any) -> WorldModelModule:
         "history_noise": 0.15,
         "self_history_share": 0.5,
         "self_history_from": 0.5,
+        "short_frames": CHUNK,
+        "short_until": 0.0,
         "max_first_frame": 100,
         "compile": False,
     }

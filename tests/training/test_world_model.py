@@ -105,6 +105,28 @@ def test_its_own_predictions_become_history_late_in_the_run(
         assert (labelled == 0).all() and not mixed.requires_grad
 
 
+@pytest.mark.parametrize(("share_done", "frames"), [(0.0, 4), (0.29, 4), (0.3, 8), (1.0, 8)])
+def test_clips_are_cut_into_pieces_early_in_the_run(share_done: float, frames: int) -> None:
+    module, data = world_model(fresh_backbone(), short_frames=4, short_until=0.3), batch(clips=3)
+    module.share_done = share_done
+    seen: list[torch.Size] = []
+    module.transformer.register_forward_pre_hook(
+        lambda _, inputs, given: seen.append(torch.Size([*inputs[0].shape[:2], *given["actions"].shape])),
+        with_kwargs=True,
+    )
+    module.compute_loss(data)
+    pieces = 3 * 8 // frames
+    assert seen[0] == torch.Size([pieces, 2 * frames] * 2)  # history and noisy frames
+
+
+def test_pieces_must_fit() -> None:
+    with pytest.raises(ValueError, match="short_frames must be a multiple of 2 frames, got 3"):
+        world_model(fresh_backbone(), short_frames=3, short_until=0.5)
+    module = world_model(fresh_backbone(), short_frames=6, short_until=0.5)
+    with pytest.raises(ValueError, match="clips of 8 frames do not divide into pieces of 6"):
+        module.compute_loss(batch())
+
+
 def test_appearance_varies_between_clips_and_not_within_one() -> None:
     pixels = to_model_range(batch()["frames"])
     still = pixels[:, :1].expand_as(pixels)

@@ -28,6 +28,8 @@ class WorldModelModule(TimedModule):
         history_noise: largest sigma of the labelled noise; half of the clips carry none.
         self_history_share: share of steps whose history is partly predicted, once the predictions are worth it:
         self_history_from: share of the run after which that starts.
+        short_frames, short_until: until this share of the run is done, clips are cut into pieces of so many frames: the
+            same frames at a fraction of the attention, for what needs no long memory to be learnt. 0 for never.
         max_first_frame: the absolute index of a clip's first frame is uniform in [0, max_first_frame].
         compile: torch.compile the transformer.
     """
@@ -42,6 +44,8 @@ class WorldModelModule(TimedModule):
         history_noise: float,
         self_history_share: float,
         self_history_from: float,
+        short_frames: int,
+        short_until: float,
         max_first_frame: int,
         compile: bool,
         **limits: Any,
@@ -49,7 +53,12 @@ class WorldModelModule(TimedModule):
         super().__init__(**limits)
         self.transformer = transformer
         self.autoencoder = autoencoder.requires_grad_(False).eval()
+        if short_until > 0 and (short_frames < chunk_frames or short_frames % chunk_frames):
+            raise ValueError(
+                f"training.transformer.short_frames must be a multiple of {chunk_frames} frames, got {short_frames}"
+            )
         self.chunk_frames, self.shift = chunk_frames, shift
+        self.short_frames, self.short_until = short_frames, short_until
         self.history_noise = history_noise
         self.self_history_share, self.self_history_from = self_history_share, self_history_from
         self.max_first_frame, self.compile_transformer = max_first_frame, compile
@@ -58,7 +67,7 @@ class WorldModelModule(TimedModule):
     def on_fit_start(self) -> None:
         if self.compile_transformer:
             torch._dynamo.config.optimize_ddp = False  # DDP's graph splitting refuses FlexAttention
-            self.transformer.compile()
+            self.transformer.compile(dynamic=False)  # clips have one of two lengths
 
     def train(self, mode: bool = True) -> "WorldModelModule":
         super().train(mode)
@@ -66,9 +75,11 @@ class WorldModelModule(TimedModule):
         return self
 
     def compute_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        pixels, actions = batch["frames"], batch["actions"]
+        if self.share_done < self.short_until:
+            pixels, actions = (_in_pieces(x, self.short_frames) for x in (pixels, actions))
         with torch.no_grad():
-            clean = self.autoencoder.encode(to_model_range(batch["frames"])).float()
-        actions = batch["actions"]
+            clean = self.autoencoder.encode(to_model_range(pixels)).float()
         frames = clean.shape[1]
         attend = self._attend_for(clean)
         attend.place(int(torch.randint(self.max_first_frame + 1, ()).item()))
@@ -136,6 +147,15 @@ class WorldModelModule(TimedModule):
         sigma = (2 * clips - 1).clamp(min=0) * self.history_noise  # zero for half of the clips
         sigma = sigma.expand(-1, clean.shape[1])
         return torch.lerp(clean, torch.randn_like(clean), _per_frame(sigma)), sigma
+
+
+def _in_pieces(clips: Tensor, frames: int) -> Tensor:
+    """[B, F, ...] -> [B * (F / frames), frames, ...]."""
+    if clips.shape[1] % frames:
+        raise ValueError(
+            f"clips of {clips.shape[1]} frames do not divide into pieces of {frames} (short_frames)"
+        )
+    return clips.unflatten(1, (-1, frames)).flatten(0, 1)
 
 
 def _per_frame(values: Tensor) -> Tensor:

@@ -121,12 +121,12 @@ def write_wad(path: Path, worlds: Sequence[World]) -> None:
         lumps += [(f"MAP{number:02d}", b""), ("TEXTMAP", textmap.encode("ascii")), ("ENDMAP", b"")]
         textures += [(f"W{number:02d}T{i}", png) for i, png in enumerate(world.textures())]
     lumps += [("TX_START", b""), *textures, ("TX_END", b"")]
-    offset, body, directory = 12, b"", b""
+    offset, directory = 12, []
     for name, data in lumps:
-        directory += struct.pack("<ii8s", offset, len(data), name.encode("ascii"))
-        body += data
+        directory.append(struct.pack("<ii8s", offset, len(data), name.encode("ascii")))
         offset += len(data)
-    path.write_bytes(struct.pack("<4sii", b"PWAD", len(lumps), offset) + body + directory)
+    header = struct.pack("<4sii", b"PWAD", len(lumps), offset)
+    path.write_bytes(b"".join([header, *(data for _, data in lumps), *directory]))
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
