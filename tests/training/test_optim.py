@@ -58,10 +58,20 @@ def test_an_unknown_optimizer_is_refused() -> None:
         build_optimizers(nn.Linear(2, 2), learning_rate=0.1, weight_decay=0.0, kind="sgd")
 
 
-def test_one_learning_rate_for_all() -> None:
-    optimizers = build_optimizers(world_model(fresh_backbone()), learning_rate=0.1, weight_decay=0.02)
+def rates(optimizers: list[torch.optim.Optimizer]) -> list[set[float]]:
+    return [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
+
+
+def test_the_learning_rate_of_muon_is_a_multiple_of_that_of_adamw() -> None:
+    options = {"learning_rate": 0.1, "weight_decay": 0.02}
+    optimizers = build_optimizers(world_model(fresh_backbone()), matrix_scale=3.0, **options)
+    assert rates(optimizers) == [{0.1}, {0.1 * 3.0}]
     set_learning_rate(optimizers, 0.25)
-    assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.25}
+    assert rates(optimizers) == [{0.25}, {0.75}]
+    set_learning_rate(optimizers := build_optimizers(world_model(fresh_backbone()), **options), 0.25)
+    assert rates(optimizers) == [{0.25}, {0.25}]
+    with pytest.raises(ValueError, match="matrix_scale must be positive, got 0"):
+        build_optimizers(nn.Linear(2, 2), matrix_scale=0, **options)
 
 
 def progress(**options: Any) -> Progress:

@@ -16,7 +16,7 @@ class TimedModule(lightning.LightningModule):
     """A LightningModule whose learning rate follows the share of the run that is done.
 
     Args:
-        learning_rate, weight_decay, optimizer: see `fastar.training.optim.build_optimizers`.
+        learning_rate, weight_decay, optimizer, matrix_scale: see `fastar.training.optim.build_optimizers`.
         max_steps, max_minutes, warmup_steps, decay_share: see `fastar.training.optim.Progress`.
         gradient_clip: largest global gradient norm.
     """
@@ -32,11 +32,12 @@ class TimedModule(lightning.LightningModule):
         warmup_steps: int,
         decay_share: float,
         gradient_clip: float,
+        matrix_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # two optimisers, one backward
         self.learning_rate, self.weight_decay, self.optimizer = learning_rate, weight_decay, optimizer
-        self.gradient_clip = gradient_clip
+        self.gradient_clip, self.matrix_scale = gradient_clip, matrix_scale
         self.progress = Progress(
             max_steps=max_steps, max_minutes=max_minutes, warmup_steps=warmup_steps, decay_share=decay_share
         )
@@ -49,7 +50,11 @@ class TimedModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(
-            self, learning_rate=self.learning_rate, weight_decay=self.weight_decay, kind=self.optimizer
+            self,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            kind=self.optimizer,
+            matrix_scale=self.matrix_scale,
         )
 
     def on_train_start(self) -> None:

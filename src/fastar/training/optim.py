@@ -1,7 +1,7 @@
 """Optimisers and the learning-rate schedule of a run that is limited by time or by steps.
 
-Matrices inside the blocks go to Muon (its update scaled to AdamW's RMS, so both share one learning rate), everything
-else to AdamW. The schedule is a trapezoid over the *share of the run that is done*, so that a run limited by
+Matrices inside the blocks go to Muon (its update scaled to AdamW's RMS; its learning rate is a multiple of AdamW's),
+everything else to AdamW. The schedule is a trapezoid over the *share of the run that is done*, so that a run limited by
 wall-clock time ends with the learning rate at zero, wherever it runs.
 """
 
@@ -13,13 +13,22 @@ from torch import nn
 
 
 def build_optimizers(
-    module: nn.Module, *, learning_rate: float, weight_decay: float, kind: str = "muon"
+    module: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    kind: str = "muon",
+    matrix_scale: float = 1.0,
 ) -> list[torch.optim.Optimizer]:
     """Optimisers for the trainable parameters of `module`: Muon for block matrices and AdamW for the rest, or AdamW.
 
+    Muon's learning rate is `matrix_scale` times that of AdamW.
+
     Raises:
-        ValueError: unknown `kind`.
+        ValueError: unknown `kind`, or a `matrix_scale` that is not positive.
     """
+    if matrix_scale <= 0:
+        raise ValueError(f"matrix_scale must be positive, got {matrix_scale}")
     if kind not in ("muon", "adamw"):
         raise ValueError(f"unknown optimizer '{kind}': choose muon or adamw")
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -35,17 +44,20 @@ def build_optimizers(
     if matrices:
         optimizers.append(
             torch.optim.Muon(
-                matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+                [{"params": matrices, "scale": matrix_scale}],
+                lr=learning_rate * matrix_scale,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
             )
         )
     return optimizers
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], value: float) -> None:
-    """Set one learning rate in all groups of all optimisers."""
+    """Set AdamW's learning rate, and Muon's to its multiple of it."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group.get("scale", 1.0)
 
 
 class Progress:

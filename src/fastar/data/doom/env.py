@@ -165,8 +165,8 @@ def _start(vizdoom: ModuleType, folder: Path, with_depth: bool) -> Any:
     game.set_doom_game_path(str(Path(str(vizdoom.__file__)).parent / "freedoom2.wad"))
     game.set_doom_scenario_path(str(folder / "worlds.wad"))
     game.set_doom_map("MAP01")
-    # Twice the size of a frame: the 2 x 2 mean is the anti-aliasing that Doom's renderer lacks. At four times the size a
-    # frame takes twice as long, and training waits for frames.
+    # Twice the size of a frame: the 2 x 2 mean is the anti-aliasing that Doom's renderer lacks. At four times the size
+    # a frame takes twice as long, and training waits for frames.
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_256X192)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(with_depth)
