@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from fastar import cache
 
 from . import worlds
-from .worlds import BOUNDED, LAYERS, TOKENS, UNBOUNDED, bound, fill, random_chunk, views_equal
-
-FLOAT = {"storage": "float32"}
+from .worlds import BOUNDED, FLOAT, LAYERS, TOKENS, UNBOUNDED, bound, fill, random_chunk, views_equal
 
 
 @pytest.mark.parametrize("name", [*BOUNDED, "paper"])

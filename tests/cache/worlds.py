@@ -16,6 +16,7 @@ from fastar.cache import CachePolicy, CacheSpec, CacheView, Staged
 BATCH, HEADS, DIM, GRID, LAYERS = 2, 2, 12, (2, 3), 2
 TOKENS = GRID[0] * GRID[1]
 ROPE = RotaryEmbedding(DIM)
+FLOAT = {"storage": "float32"}
 
 # every policy, with a budget to be added for those that take one
 UNBOUNDED: dict[str, Callable[..., CachePolicy]] = {
@@ -63,6 +64,12 @@ def random_chunk(seed: int, first_frame: int, frames: int = 2, device: str | tor
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, BATCH, HEADS, frames * TOKENS, DIM, generator=generator).to(device)
     return staged(q, k, v, first_frame)
+
+
+def commit(policy: CachePolicy, chunk: Staged) -> None:
+    """Hand a chunk to the one layer of `policy`."""
+    policy.stage(0, chunk)
+    policy.commit(int(chunk.positions[0, 0]), chunk.k.shape[2] // TOKENS)
 
 
 def fill(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastar.ann.base import Bucketizer
 from fastar.attention.context import PassContext
 from fastar.sparsity.annsa import bucketize
-from fastar.sparsity.base import ChunkMemo, CrossSelector, Rebuild, check_choice
+from fastar.sparsity.base import ChunkMemo, CrossSelector, Rebuild, ScheduleOptions, check_choice
 from fastar.sparsity.merge import compact, merge_identical
 
 __all__ = ["AnnCA", "compact", "merge_identical"]
@@ -34,17 +34,9 @@ class AnnCA(CrossSelector):
         bucketizer: Bucketizer,
         shared_heads: bool = False,
         rebuild: Rebuild = "pass",
-        layers: Sequence[int] | None = None,
-        warmup_share: float = 0.3,
-        min_dense_steps: int = 1,
-        commit_dense: bool = True,
+        **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(
-            layers=layers,
-            warmup_share=warmup_share,
-            min_dense_steps=min_dense_steps,
-            commit_dense=commit_dense,
-        )
+        super().__init__(**schedule)
         check_choice("rebuild", rebuild, ("pass", "chunk"))
         self.bucketizer, self.shared_heads, self.rebuild = bucketizer, shared_heads, rebuild
         self._memo: ChunkMemo[Tensor] = ChunkMemo()

@@ -7,15 +7,22 @@ others (`density: null`); a density target instead spends an exact budget of blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from fastar.ann.base import Bucketizer
 from fastar.engines.plan import BlockPlan
-from fastar.sparsity.base import ChunkMemo, MatchSpace, Rebuild, Selector, SelectRequest, check_choice
+from fastar.sparsity.base import (
+    ChunkMemo,
+    MatchSpace,
+    Rebuild,
+    ScheduleOptions,
+    Selector,
+    SelectRequest,
+    check_choice,
+)
 from fastar.sparsity.blocks import (
     build_plan,
     centroid_scores,
@@ -62,17 +69,9 @@ class AnnSA(Selector):
         block_q: int = 16,
         block_k: int = 32,
         rebuild: Rebuild = "chunk",
-        layers: Sequence[int] | None = None,
-        warmup_share: float = 0.3,
-        min_dense_steps: int = 1,
-        commit_dense: bool = True,
+        **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(
-            layers=layers,
-            warmup_share=warmup_share,
-            min_dense_steps=min_dense_steps,
-            commit_dense=commit_dense,
-        )
+        super().__init__(**schedule)
         check_density(density)
         check_block_sizes(block_q, block_k)
         check_choice("source", source, ("content", "prompt"))

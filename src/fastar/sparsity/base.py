@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -43,6 +43,15 @@ class SelectRequest:
     log_count: Tensor | None = None
     text_tags: Tensor | None = None
     key_tags: Tensor | None = None
+
+
+class ScheduleOptions(TypedDict, total=False):
+    """Arguments of `Scheduled`."""
+
+    layers: Sequence[int] | None
+    warmup_share: float
+    min_dense_steps: int
+    commit_dense: bool
 
 
 class Scheduled:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 
 from fastar.engines.plan import BlockPlan
-from fastar.sparsity.base import Selector, SelectRequest
+from fastar.sparsity.base import ScheduleOptions, Selector, SelectRequest
 from fastar.sparsity.blocks import build_plan, check_block_sizes, check_density, choose_blocks, lay_out_keys
 
 
@@ -28,17 +28,9 @@ class RandomBlocks(Selector):
         seed: int = 0,
         block_q: int = 16,
         block_k: int = 32,
-        layers: Sequence[int] | None = None,
-        warmup_share: float = 0.3,
-        min_dense_steps: int = 1,
-        commit_dense: bool = True,
+        **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(
-            layers=layers,
-            warmup_share=warmup_share,
-            min_dense_steps=min_dense_steps,
-            commit_dense=commit_dense,
-        )
+        super().__init__(**schedule)
         check_density(density)
         check_block_sizes(block_q, block_k)
         self.density, self.seed, self.block_q, self.block_k = density, seed, block_q, block_k
