@@ -58,6 +58,10 @@ def test_protocols_agree_where_they_must(tiny: Tiny, tmp_path: Path) -> None:
     assert values(rows, "density", method="dense", protocol="C") == [1.0] * 2
     assert values(rows, "slot_share", method="dense", protocol="C") == [1.0] * 2
     assert max(values(rows, "density", method="empty")) < 0.3
+    for metric, value in (("recall", 1.0), ("output_error", 0.0)):  # of the last chunk, in protocol A alone
+        for method in ("dense", "window"):
+            assert values(rows, metric, method=method) == pytest.approx([value], abs=1e-5)
+        assert values(rows, metric, method="empty") != pytest.approx([value], abs=0.01)
     frames = rows.loc[(rows["metric"] == "chunk_s") & (rows["method"] == "dense"), "frame"]
     assert frames.tolist() == [16, 20]
     assert len(values(rows, "revisit_psnr", method="empty")) == 3  # one a protocol

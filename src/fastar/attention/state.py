@@ -163,6 +163,26 @@ class AttentionState:
             return self._attend_text(layer, q, k, v)
         return self._execute(stream, layer, q, k, v, log_count=None, plan=None, candidates=k.shape[2])
 
+    def replay(self, event: AttendEvent) -> AttendEvent:
+        """What this method makes of another rollout's self-attention call: its queries and its current chunk, own past.
+
+        Nothing is staged and no recorder sees it. Call it between passes of this state.
+        """
+        context, current = event.context, event.q.shape[2]
+        k, v = event.k[:, :, -current:], event.v[:, :, -current:]
+        self.begin_pass(context)  # for its positions
+        try:
+            working, plan = self._prepare(event.layer, context, event.q, k, v)
+        finally:
+            self.context = None
+        out, _ = engines.attend(
+            event.q, working.k, working.v, log_count=working.log_count, plan=plan, engine=self.engine
+        )
+        return AttendEvent(
+            "self", event.layer, context, event.q, working.k, working.v, working.log_count, plan, out,
+            candidates=working.k.shape[2],
+        )  # fmt: skip
+
     def state_dict(self) -> dict[str, Any]:
         """The cache, and what selectors remember; bit for bit."""
         if self.context is not None:
@@ -179,16 +199,31 @@ class AttentionState:
         q, k = self.rope.rotate(q_raw, self._positions), self.rope.rotate(k_raw, self._positions)
         if context.commits:
             self.cache.stage(layer, Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=self._positions))
-        working = self._working_of(layer, k)
-        working.k[:, :, working.cached :] = k
-        working.v[:, :, working.cached :] = v
-        plan = None
-        if not self.self_selector.is_dense(layer, context):
-            plan = self.self_selector.plan(self._request(layer, context, q, q_raw, k_raw, working))
+        working, plan = self._prepare(layer, context, q, k, v, q_raw, k_raw)
         return self._execute(
             "self", layer, q, working.k, working.v,
             log_count=working.log_count, plan=plan, candidates=working.k.shape[2],
         )  # fmt: skip
+
+    def _prepare(
+        self,
+        layer: int,
+        context: PassContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_raw: Tensor | None = None,
+        k_raw: Tensor | None = None,
+    ) -> tuple[_Working, BlockPlan | None]:
+        """Keys and values of past and current chunk, and the pairs to compute. Raw vectors are undone if not given."""
+        working = self._working_of(layer, k)
+        working.k[:, :, working.cached :] = k
+        working.v[:, :, working.cached :] = v
+        if self.self_selector.is_dense(layer, context):
+            return working, None
+        if q_raw is None or k_raw is None:
+            q_raw, k_raw = self.rope.unrotate(q, self._positions), self.rope.unrotate(k, self._positions)
+        return working, self.self_selector.plan(self._request(layer, context, q, q_raw, k_raw, working))
 
     def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         log_count, candidates = None, k.shape[2]

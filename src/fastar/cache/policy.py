@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.lineage import Lineage
 from fastar.cache.slots import (
     DTYPES,
     MAX_FRAME,
@@ -56,6 +57,7 @@ class SlotPolicy(CachePolicy):
         self.first_frame = 0  # the rollout's first frame, an absolute index
         self.next_frame = 0  # frames before this one have been committed
         self.exact_from = 0  # frames from this one on are kept verbatim, as the newest slots
+        self.lineage: Lineage | None = None  # set it before the first commit to measure recall
 
     # -- what a policy says about itself -------------------------------------------------------------------------
 
@@ -84,6 +86,12 @@ class SlotPolicy(CachePolicy):
     def new_extras(self) -> dict[str, Tensor]:
         """Tensors of fixed size that a layer keeps besides its slots."""
         return {}
+
+    def note_merges(self, layer: int, before: Slots, after: Slots, root: Tensor) -> None:
+        """To be called by policies that merge: `before` ended in slots `root` [N, S], which `after` shows merged."""
+        if self.lineage is not None:
+            root = root.unflatten(0, self.metadata_shape())
+            self.lineage.merge(layer, before["position"], after["position"], root)
 
     # -- the life of a cache -------------------------------------------------------------------------------------
 
@@ -123,6 +131,8 @@ class SlotPolicy(CachePolicy):
     @torch.no_grad()
     def commit(self, first_frame: int, num_frames: int) -> None:
         self._check_commit(first_frame, num_frames)
+        if self.lineage is not None:
+            self.lineage.arrive(self._staged[0].positions)
         offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
         self.filled = self._take_in()
         self.next_frame = first_frame + num_frames

@@ -170,7 +170,7 @@ class TempCache(BudgetedPolicy):
         candidates = middle.candidates()
         candidates.partner, cost = match(candidates, known, frame, self.matcher, self.weighting)
         if surplus > 0:
-            part = self._shrink(part, middle, candidates, cost, surplus, arrived)
+            part = self._shrink(layer, part, middle, candidates, cost, surplus, arrived)
         else:
             part = self._with_partner(part, candidates.partner)
         return Slots.cat(slots.narrow(0, start), part, slots.narrow(stop, slots.size))
@@ -207,13 +207,21 @@ class TempCache(BudgetedPolicy):
         )
 
     def _shrink(
-        self, part: Slots, middle: Middle, candidates: Candidates, cost: Tensor, surplus: int, arrived: int
+        self,
+        layer: int,
+        part: Slots,
+        middle: Middle,
+        candidates: Candidates,
+        cost: Tensor,
+        surplus: int,
+        arrived: int,
     ) -> Slots:
         """Do `surplus` merges."""
         root, gone, partner = choose(
             candidates, cost, surplus, self.rounds, self.weighting, keep_last_key=self.key == "last"
         )
         merged, after = self._merge(part, middle, root, surplus)
+        self.note_merges(layer, part, merged, root)
         keep = gone.to(torch.int8).argsort(dim=1, stable=True)[:, : root.shape[1] - surplus]
         place = (~gone).cumsum(1) - 1
         partner = torch.where(partner < 0, -1, place.gather(1, partner.clamp_min(0))).gather(1, keep)

@@ -120,10 +120,10 @@ class TempCachePaper(SlotPolicy):
             own, probe = staged.k_raw[:, :, part], probe[:, :, part]
             if self.match_space == "roped":
                 own, probe = (self.spec.rope.rotate(x, staged.positions[part]) for x in (own, probe))
-            kept = self._merge_frame(kept, new, own, probe) if kept.size else new
+            kept = self._merge_frame(layer, kept, new, own, probe) if kept.size else new
         return kept
 
-    def _merge_frame(self, kept: Slots, new: Slots, own: Tensor, probe: Tensor) -> Slots:
+    def _merge_frame(self, layer: int, kept: Slots, new: Slots, own: Tensor, probe: Tensor) -> Slots:
         """Slots, live ones first, after a frame of tokens with keys `own` and probes `probe` [B, H, T, D] came."""
         shape = self.metadata_shape()
         past = self._format.unpack("key", kept.fields, torch.float32)
@@ -162,6 +162,7 @@ class TempCachePaper(SlotPolicy):
             moved = [name for name in both.fields if name.startswith("key") or name == "position"]
             fields.update({name: take(both[name], index) for name in moved})
         merged = both.replace(**fields)
+        self.note_merges(layer, both, merged, root)
         empty = gone | (count == 0)
         merged.fields["count"] = merged["count"].masked_fill(empty.unflatten(0, shape), 0)
         order = empty.to(torch.int8).argsort(dim=1, stable=True)

@@ -160,7 +160,10 @@ class Comparison:
         scorers = {name: self._scorer(run, group) for name, run in runs.items()}
         methods = {name: self.methods[name] for name in runs}
         trajectory = self._trajectory(group)
-        run_a(self.session, methods, group.clips, group.seeds, trajectory, scorers, lambda: self.advance(1))
+        run_a(
+            self.session, methods, group.clips, group.seeds, trajectory, scorers, lambda: self.advance(1),
+            attention_chunks=self.config.attention_chunks,
+        )  # fmt: skip
 
     def _lockstep_b(self, runs: Mapping[str, Run], group: Group) -> None:
         for name, run in runs.items():
@@ -204,6 +207,8 @@ class Comparison:
         if name in self.budgeted:
             labels["budget_share"] = float(config.budget_share)
         identity = {"protocol": protocol, "method": self.nodes[name], **self._setup(len(group.seeds))}
+        if protocol == "A":
+            identity["attention_chunks"] = config.attention_chunks
         if timed and self.session.device.type == "cpu":
             identity["threads"] = torch.get_num_threads()
         store = RunStore(config.paths.outputs, config.name, sinks=[instantiate(config.logger)])

@@ -16,7 +16,7 @@ from fastar.results.plots import colours_of, plot_curves, plot_frontier
 from fastar.results.sinks import Sink
 from fastar.results.tables import differences, failures, pivot, spread, to_markdown, to_rich
 
-QUALITY = ("psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr")
+QUALITY = ("psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr", "output_error", "recall")
 MEMORY = ("cache_bytes/end", "byte_share/end", "slot_share/end", "density", "peak_allocated")
 SPEED = ("fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "latency_p50/steady")
 TABLES = {"quality": QUALITY, "memory and work": MEMORY, "speed": SPEED}

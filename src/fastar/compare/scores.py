@@ -79,6 +79,10 @@ class Scorer:
         }
         self.run.log(values, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
 
+    def attention(self, first: int, scores: Mapping[str, list[float]]) -> None:
+        """Recall and output error of attention in the chunk at frame `first`."""
+        self._log(scores, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
+
     def clip(self, shown: Tensor) -> None:
         """Scores of whole videos, uint8 [B, n, H, W, 3], n all generated frames."""
         scores: dict[str, list[float]] = {}

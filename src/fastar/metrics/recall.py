@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-DROPPED = -1
-"""Slot of a token that the method no longer has."""
+from fastar.cache.lineage import DROPPED
 
 
 def member_counts(assignment: Tensor, num_slots: int) -> Tensor:

@@ -10,14 +10,20 @@ do not add up and two methods are compared on the same past:
 - **C**: free-running; the method commits what it generated.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
 from fastar.rollout.rollout import Rollout
+
+
+class Probe(Protocol):
+    """Looks at attention calls while it is active (`fastar.metrics.attention`)."""
+
+    active: bool
 
 
 class TeeCache(CachePolicy):
@@ -85,20 +91,33 @@ def extend_trajectory(rollout: Rollout, history: Tensor, actions: Tensor | None,
 
 
 def lockstep_a(
-    teacher: Rollout, students: dict[str, Rollout], trajectory: Tensor, actions: Tensor | None, start: int
+    teacher: Rollout,
+    students: dict[str, Rollout],
+    trajectory: Tensor,
+    actions: Tensor | None,
+    start: int,
+    *,
+    look_at: Collection[int] = (),
+    probe: Probe | None = None,
 ) -> Iterator[tuple[int, str, Tensor]]:
     """Protocol A for several methods at once.
 
     `teacher`'s state holds a `TeeCache` whose followers are the caches of the `students`. Yields
-    (first frame of the chunk, method, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on.
+    (first frame of the chunk, method, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on. Chunks
+    that start at a frame of `look_at` are first denoised by the teacher, with the `probe` among its recorders active.
     """
     step = teacher.loop.chunk_frames
     teacher.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
     for first in range(start, trajectory.shape[1], step):
         part = slice(first, first + step)
         chunk_actions = None if actions is None else actions[:, part]
-        for name, student in students.items():
+        for student in students.values():
             student.follow(teacher)
+        if probe is not None and first in look_at:
+            probe.active = True
+            teacher.denoise(chunk_actions)
+            probe.active = False
+        for name, student in students.items():
             yield first, name, student.denoise(chunk_actions)
         teacher.commit(trajectory[:, part], chunk_actions)
 
