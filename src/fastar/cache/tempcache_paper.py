@@ -113,6 +113,7 @@ class TempCachePaper(SlotPolicy):
     ) -> Slots:
         frame, past = self.spec.tokens_per_frame, slots.size - arrived
         kept = slots.narrow(0, past)
+        keys = self._keys(kept)
         for first in range(0, arrived, frame):
             part = slice(first, first + frame)
             new = slots.narrow(past + first, past + first + frame)
@@ -120,16 +121,28 @@ class TempCachePaper(SlotPolicy):
             own, probe = staged.k_raw[:, :, part], probe[:, :, part]
             if self.match_space == "roped":
                 own, probe = (self.spec.rope.rotate(x, staged.positions[part]) for x in (own, probe))
-            kept = self._merge_frame(layer, kept, new, own, probe) if kept.size else new
+            if kept.size:
+                kept, keys = self._merge_frame(layer, kept, keys, new, own, probe)
+            else:
+                kept, keys = new, self._keys(new)
         return kept
 
-    def _merge_frame(self, layer: int, kept: Slots, new: Slots, own: Tensor, probe: Tensor) -> Slots:
-        """Slots, live ones first, after a frame of tokens with keys `own` and probes `probe` [B, H, T, D] came."""
-        shape = self.metadata_shape()
-        past = self._format.unpack("key", kept.fields, torch.float32)
+    def _keys(self, slots: Slots) -> Tensor:
+        """Stored keys [N, S, D] in match space, float32."""
+        keys = self._format.unpack("key", slots.fields, torch.float32)
         if self.match_space == "raw":
-            past = self.spec.rope.unrotate(past, unpack_positions(kept["position"]))
-        past, own, probe = (x.float().flatten(0, 1) for x in (past, own, probe))
+            keys = self.spec.rope.unrotate(keys, unpack_positions(slots["position"]))
+        return keys.flatten(0, 1)
+
+    def _merge_frame(
+        self, layer: int, kept: Slots, past: Tensor, new: Slots, own: Tensor, probe: Tensor
+    ) -> tuple[Slots, Tensor]:
+        """Slots, live ones first, and their keys after a frame of tokens came.
+
+        Keys `past` [N, S, D] of the slots, `own` and probes `probe` [B, H, T, D] of the tokens are in match space.
+        """
+        shape = self.metadata_shape()
+        own, probe = (x.float().flatten(0, 1) for x in (own, probe))
         count = torch.cat([kept["count"], new["count"]], 2).flatten(0, 1)
         size, tokens = past.shape[1], own.shape[1]
 
@@ -166,7 +179,10 @@ class TempCachePaper(SlotPolicy):
         empty = gone | (count == 0)
         merged.fields["count"] = merged["count"].masked_fill(empty.unflatten(0, shape), 0)
         order = empty.to(torch.int8).argsort(dim=1, stable=True)
-        return merged.gather(order.unflatten(0, shape))
+        merged = merged.gather(order.unflatten(0, shape))
+        if self.key != "last":
+            return merged, self._keys(merged)
+        return merged, rows_of(torch.cat([past, self._keys(new)], 1), order)  # no stored key has changed
 
     def _similarity(self, own: Tensor, past: Tensor, live: Tensor, found: Tensor) -> Tensor:
         """Similarity [N, T] of each token's key to the past key it was matched with."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastar.attention.context import PassKind, Stream
@@ -52,7 +51,7 @@ class DensityRecorder:
         kinds: tuple[PassKind, ...] = (PassKind.DENOISE, PassKind.COMMIT, PassKind.REWRITE),
     ) -> None:
         self.tokens_per_frame, self.stream, self.kinds = tokens_per_frame, stream, kinds
-        self._executed: dict[int, Tensor] = {}
+        self._executed: dict[int, Tensor | int] = {}
         self._dense: dict[int, int] = {}
 
     def on_attend(self, event: AttendEvent) -> None:
@@ -99,13 +98,13 @@ class DensityRecorder:
         self._dense.clear()
 
 
-def executed_pairs(event: AttendEvent) -> Tensor:
-    """Pairs the engine executed in one call: int64 scalar on the call's device. Empty slots do not count."""
+def executed_pairs(event: AttendEvent) -> Tensor | int:
+    """Pairs the engine executed in one call, on the call's device if it has to be asked. Empty slots do not count."""
     if event.plan is not None:
         return event.plan.executed_pairs().sum()
     batch, heads, queries, _ = event.q.shape
     if event.log_count is None:
-        return torch.tensor(batch * heads * queries * event.k.shape[2], device=event.q.device)
+        return batch * heads * queries * event.k.shape[2]
     live = event.log_count.expand(batch, heads, event.k.shape[2]) > float("-inf")
     return live.sum() * queries
 
