@@ -2,7 +2,8 @@
 
     python experiments/evaluate.py checkpoint=checkpoints/doom
 
-One JSON line per measure is written to `output`/backbone.jsonl; see conf/evaluate.yaml for sizes.
+One JSON line per measure is written to `output`/backbone.jsonl, all of them as a table to backbone.md; see
+conf/evaluate.yaml for sizes.
 """
 
 import json
@@ -29,6 +30,8 @@ from fastar.metrics.fidelity import frame_psnr
 from fastar.metrics.flow import LEFT, RIGHT, TurnAgreement
 from fastar.metrics.frechet import FrechetDistance
 from fastar.metrics.revisit import masked_psnr
+from fastar.results.card import evaluation_table
+from fastar.results.tables import to_markdown
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
 
@@ -82,7 +85,10 @@ class Evaluation:
         path = self.output / "backbone.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         others = [line for line in lines if json.loads(line)["measure"] != measure]
-        path.write_text("\n".join([*others, json.dumps(row)]) + "\n")
+        lines = [*others, json.dumps(row)]
+        path.write_text("\n".join(lines) + "\n")
+        table = evaluation_table([json.loads(line) for line in lines])
+        (self.output / "backbone.md").write_text(to_markdown(table))
         log.info("%s", row)
 
 

@@ -34,6 +34,8 @@ def test_measures_on_a_real_checkpoint(repository, tmp_path) -> None:
     assert 0 <= found["action_following"]["share"] <= 1 and found["action_following"]["tries"] == 4
     assert found["memory"]["bound_psnr"] > found["memory"]["dense_psnr"]
     assert (tmp_path / "returns.png").stat().st_size > 1000
+    card = (tmp_path / "backbone.md").read_text()
+    assert card.count("\n") == 2 + 5 and f"{found['memory']['gain']:.2f} [" in card
 
 
 def test_an_unknown_measure_names_the_choices(repository, tmp_path) -> None:

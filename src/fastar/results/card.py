@@ -1,0 +1,66 @@
+"""What a model card says of a backbone: the measures of experiments/evaluate.py beside what was asked of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+Row = Mapping[str, Any]
+
+LINES: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
+    (
+        "autoencoder_psnr",
+        "autoencoder, PSNR",
+        "at least 32 dB",
+        lambda row: f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}] dB, {row['clips']} clips",
+    ),
+    (
+        "next_frame",
+        "next frame after true history, moving frames, PSNR",
+        "at least 27 dB",
+        lambda row: (
+            f"{row['model_psnr']:.2f} dB, {row['clips']} clips; autoencoder {row['bound_psnr']:.2f} dB"
+        ),
+    ),
+    (
+        "next_frame",
+        "the same above a copy of the last frame",
+        "at least 4 dB",
+        lambda row: _gain(row) + f"; copy {row['copy_psnr']:.2f} dB",
+    ),
+    (
+        "action_following",
+        "turns whose optical flow has the right sign",
+        "at least 95 %",
+        lambda row: f"{100 * row['share']:.1f} % of {row['tries']}",
+    ),
+    (
+        "memory",
+        "returning pixels: dense above a 16-frame window, PSNR",
+        "at least 2 dB, interval above 0",
+        lambda row: (
+            f"{_gain(row)}, {row['returns']} returns; dense {row['dense_psnr']:.2f}, "
+            f"window {row['window_16_psnr']:.2f}, no memory {row['empty_psnr']:.2f}, autoencoder {row['bound_psnr']:.2f} dB"
+        ),
+    ),
+    (
+        "drift",
+        "free rollouts: Frechet distance of frames 100-190 / 1-90",
+        "at most 1.5",
+        lambda row: (
+            f"{row['ratio']:.2f} ({row['late']:.0f} / {row['early']:.0f}), {row['frames']} frames a side"
+        ),
+    ),
+)
+"""Measure as `evaluate.py` names it, what the line is called, what was asked, how a result is written."""
+
+
+def evaluation_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Text columns measure, asked, measured; measures that were not run are left out."""
+    found = {row["measure"]: row for row in rows}
+    lines = [(title, asked, write(found[name])) for name, title, asked, write in LINES if name in found]
+    return pd.DataFrame(lines, columns=["measure", "asked", "measured"])
+
+
+def _gain(row: Row) -> str:
+    return f"{row['gain']:.2f} [{row['gain_low']:.2f}, {row['gain_high']:.2f}] dB"

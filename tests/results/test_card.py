@@ -1,0 +1,25 @@
+"""The model card's table."""
+
+from fastar.results.card import evaluation_table
+
+
+def test_measures_stand_beside_what_was_asked() -> None:
+    gain = {"gain": 2.5, "gain_low": 2.0, "gain_high": 3.0}
+    rows = [
+        {"measure": "memory", "dense_psnr": 20.0, "window_16_psnr": 17.5, "empty_psnr": 15.0, "bound_psnr": 33.0,
+         "returns": 128, **gain},
+        {"measure": "next_frame", "model_psnr": 28.0, "copy_psnr": 18.0, "bound_psnr": 33.0, "clips": 90, **gain},
+        {"measure": "action_following", "share": 0.985, "tries": 200},
+        {"measure": "drift", "early": 40.0, "late": 52.0, "ratio": 1.3, "frames": 5040},
+        {"measure": "autoencoder_psnr", "mean": 35.6, "low": 34.6, "high": 36.7, "clips": 100},
+    ]  # fmt: skip
+    table = evaluation_table(rows)
+    assert list(table.columns) == ["measure", "asked", "measured"] and len(table) == 6
+    assert table["measured"].iloc[0] == "35.60 [34.60, 36.70] dB, 100 clips"
+    assert table["measured"].iloc[2] == "2.50 [2.00, 3.00] dB; copy 18.00 dB"
+    assert table["measured"].iloc[3] == "98.5 % of 200"
+    assert (
+        table["measured"].iloc[4].startswith("2.50 [2.00, 3.00] dB, 128 returns; dense 20.00, window 17.50")
+    )
+    assert table["measured"].iloc[5] == "1.30 (52 / 40), 5040 frames a side"
+    assert len(evaluation_table(rows[2:3])) == 1

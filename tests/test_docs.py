@@ -1,0 +1,28 @@
+"""Tables in Markdown files are those of the results they name."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.include import filled
+
+PAGES = [
+    page
+    for page in Path(__file__).resolve().parent.parent.rglob("*.md")
+    if not any(part.startswith(".") or part == "outputs" for part in page.parts[1:])
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_included_tables_are_current(page: Path) -> None:
+    assert filled(page) == page.read_text(), f"run: python scripts/include.py {page}"
+
+
+def test_blocks_are_filled_and_the_rest_stays(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("| a |\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- include table.md -->\nold\n<!-- end -->\nbetween <!-- end -->\n")
+    assert filled(page) == "before\n<!-- include table.md -->\n| a |\n<!-- end -->\nbetween <!-- end -->\n"
+    page.write_text("<!-- include none.md -->\n<!-- end -->\n")
+    with pytest.raises(FileNotFoundError, match=r"includes none.md, which is not there"):
+        filled(page)
