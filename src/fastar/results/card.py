@@ -40,7 +40,8 @@ LINES: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
         "at least 2 dB, interval above 0",
         lambda row: (
             f"{_gain(row)}, {row['returns']} returns; dense {row['dense_psnr']:.2f}, "
-            f"window {row['window_16_psnr']:.2f}, no memory {row['empty_psnr']:.2f}, autoencoder {row['bound_psnr']:.2f} dB"
+            f"window {row['window_16_psnr']:.2f}, no memory {row['empty_psnr']:.2f}, "
+            f"autoencoder {row['bound_psnr']:.2f} dB"
         ),
     ),
     (
