@@ -27,6 +27,19 @@ def test_a_full_circle_and_a_walk_back_end_where_they_began() -> None:
     assert not torch.allclose(start, odometer.features(poses[:, 23]), atol=0.1)
 
 
+def test_features_tell_neighbouring_headings_apart_by_their_highest_harmonic() -> None:
+    for harmonics in ((1, 2, 4), (1, 2, 4, 8, 16)):
+        odometer = Odometer(MOTIONS, harmonics, (4, 8))
+        poses = odometer.advance(odometer.start(1, "cpu"), actions(LEFT, LEFT))
+        features = odometer.features(poses)[0]
+        assert (
+            features.shape == (2, odometer.num_features) and odometer.num_features == 2 * len(harmonics) + 8
+        )
+        heading = features.view(2, 2, -1)[:, :, : len(harmonics)]  # cosines, sines
+        alike = (heading[0] * heading[1]).sum(0)[-1]
+        assert alike == pytest.approx(math.cos(math.radians(7.5 * harmonics[-1])), abs=1e-5)
+
+
 def test_a_turn_comes_before_its_step() -> None:
     odometer = Odometer([(1, 90)])
     x, y, heading = odometer.advance(odometer.start(1, "cpu"), actions(0))[0, 0].tolist()
@@ -74,7 +87,7 @@ def test_the_transformer_asks_for_odometry_exactly_when_it_has_an_odometer() -> 
         torch.zeros(1, 2, dtype=torch.long),
     )
     attend = FullAttend(rope=plain.rope, grid=(2, 2))
-    features = torch.zeros(1, 2, Odometer.num_features)
+    features = torch.zeros(1, 2, Odometer(MOTIONS).num_features)
     with pytest.raises(ValueError, match="exactly when the backbone has an odometer"):
         plain(latents, timesteps, attend=attend, actions=acted, odometry=features)
     with pytest.raises(ValueError, match="exactly when the backbone has an odometer"):

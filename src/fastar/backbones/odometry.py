@@ -12,20 +12,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-HARMONICS = (1, 2, 4)  # of the heading
-WAVELENGTHS = (6.0, 12.0, 24.0, 48.0, 96.0)  # of the position, in steps
-
 
 class Odometer:
     """Integrates actions into poses, and turns poses into smooth features.
 
     Args:
         motions: for each action (steps forward, degrees to the left); the turn comes before the step.
+        harmonics: of the heading, in features. The highest tells the finest difference of headings.
+        wavelengths: of the position, in features, in steps.
     """
 
-    num_features = 2 * len(HARMONICS) + 4 * len(WAVELENGTHS)
-
-    def __init__(self, motions: Sequence[tuple[float, float]]) -> None:
+    def __init__(
+        self,
+        motions: Sequence[tuple[float, float]],
+        harmonics: Sequence[int] = (1, 2, 4),
+        wavelengths: Sequence[float] = (6, 12, 24, 48, 96),
+    ) -> None:
+        self.harmonics, self.wavelengths = tuple(harmonics), tuple(wavelengths)
+        self.num_features = 2 * len(self.harmonics) + 4 * len(self.wavelengths)
         self.motions = [(float(step), math.radians(turn)) for step, turn in motions]
         # made where they are first used: a backbone may be built on the meta device and filled later
         self._tables: dict[torch.device, Tensor] = {}
@@ -37,7 +41,7 @@ class Odometer:
     def random_start(self, batch: int, device: torch.device | str) -> Tensor:
         """Poses anywhere, in any direction: in training, so that only differences of poses mean anything."""
         spread = torch.tensor(
-            [WAVELENGTHS[-1], WAVELENGTHS[-1], 2 * math.pi], dtype=torch.float64, device=device
+            [max(self.wavelengths), max(self.wavelengths), 2 * math.pi], dtype=torch.float64, device=device
         )
         return torch.rand(batch, 3, dtype=torch.float64, device=device) * spread
 
@@ -56,7 +60,9 @@ class Odometer:
 
     def features(self, poses: Tensor) -> Tensor:
         """Sines and cosines of poses [..., 3]: float32 [..., num_features]."""
-        angles = [poses[..., 2] * harmonic for harmonic in HARMONICS]
-        angles += [poses[..., axis] * (2 * math.pi / length) for axis in (0, 1) for length in WAVELENGTHS]
+        angles = [poses[..., 2] * harmonic for harmonic in self.harmonics]
+        angles += [
+            poses[..., axis] * (2 * math.pi / length) for axis in (0, 1) for length in self.wavelengths
+        ]
         stacked = torch.stack(angles, dim=-1)
         return torch.cat([stacked.cos(), stacked.sin()], dim=-1).float()

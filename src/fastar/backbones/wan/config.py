@@ -14,7 +14,8 @@ class WanConfig:
 
     `text_dim` None means no text cross-attention, `num_actions` None no action input.
     `action_motions` gives (steps forward, degrees to the left) of each action; with it every frame is also told
-    its pose by dead reckoning (`fastar.backbones.odometry`). Text shorter than
+    its pose by dead reckoning, in features of these `heading_harmonics` and `position_wavelengths`
+    (`fastar.backbones.odometry`). Text shorter than
     `text_len` is padded with zero embeddings, as Wan does; None takes any length as it is. `numerics` says
     where float32 is used in a bfloat16 model: `wan` keeps the residual stream, norms and modulation in
     float32; `diffusers` computes norms and modulation in float32 and stores the stream in the model's dtype;
@@ -32,6 +33,8 @@ class WanConfig:
     text_len: int | None = None
     num_actions: int | None = None
     action_motions: tuple[tuple[float, float], ...] | None = None
+    heading_harmonics: tuple[int, ...] = (1, 2, 4)
+    position_wavelengths: tuple[float, ...] = (6, 12, 24, 48, 96)
     patch: int = 2
     eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -40,9 +43,11 @@ class WanConfig:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change either.")
+        for name in ("heading_harmonics", "position_wavelengths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # YAML and JSON hold lists
         if self.action_motions is not None:
             motions = tuple((float(step), float(turn)) for step, turn in self.action_motions)
-            object.__setattr__(self, "action_motions", motions)  # YAML and JSON hold lists
+            object.__setattr__(self, "action_motions", motions)
             if len(motions) != self.num_actions:
                 raise ValueError(
                     f"action_motions needs one pair for each of the {self.num_actions} actions, got {len(motions)}."

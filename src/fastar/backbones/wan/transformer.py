@@ -47,7 +47,9 @@ class CausalWanTransformer(nn.Module):
             self.action_embedding = nn.Embedding(config.num_actions, dim)
         self.odometer: Odometer | None = None
         if config.action_motions is not None:
-            self.odometer = Odometer(config.action_motions)
+            self.odometer = Odometer(
+                config.action_motions, config.heading_harmonics, config.position_wavelengths
+            )
             self.odometry_embedding = nn.Sequential(
                 nn.Linear(self.odometer.num_features, dim), nn.SiLU(), nn.Linear(dim, dim)
             )
