@@ -43,7 +43,7 @@ def plot_curves(
     for order, (line, group) in enumerate(stats.groupby(index, sort=False)):
         group = group.sort_values("frame")
         frame = group["frame"].astype(float)
-        width = 5.0 - 3.8 * order / max(
+        width = 2.6 - 1.6 * order / max(
             lines - 1, 1
         )  # later lines are thinner: equal ones show as a core in a rim
         dash = DASHES[_round_of(colours, str(line)) % len(DASHES)]
