@@ -6,10 +6,11 @@ import pytest
 
 from scripts.include import filled
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     page
-    for page in Path(__file__).resolve().parent.parent.rglob("*.md")
-    if not any(part.startswith(".") or part == "outputs" for part in page.parts[1:])
+    for page in ROOT.rglob("*.md")
+    if not any(part.startswith(".") or part == "outputs" for part in page.relative_to(ROOT).parts)
 ]
 
 

@@ -63,6 +63,16 @@ def test_back_undoes_forward(engine: DoomWorlds) -> None:
     assert np.array_equal(first, home) and rmse(first, away) > 5.0
 
 
+def test_a_frame_moved_by_one_pixel_is_still_much_like_itself() -> None:
+    """PSNR of 128 held-out frames: 29.4 dB on average, where Freedoom's own textures gave 22.7 dB."""
+    found = []
+    for item in DoomClips(frames=48, clips=16, split="heldout", seed=9):
+        frames = item["frames"][::6].double()
+        error = (frames[:, :, 1:] - frames[:, :, :-1]).square().mean(dim=(1, 2, 3)).clamp_min(0.01)
+        found += (10 * torch.log10(255**2 / error)).tolist()
+    assert np.mean(found) == pytest.approx(29.4, abs=1.0)
+
+
 @pytest.mark.parametrize("action", list(Action), ids=lambda action: action.name)
 def test_turns_move_the_picture_as_expected(engine: DoomWorlds, action: Action) -> None:
     window = cv2.createHanningWindow((128, 96), cv2.CV_32F)

@@ -3,7 +3,7 @@
 from fastar.results.card import evaluation_table
 
 
-def test_measures_stand_beside_what_was_asked() -> None:
+def test_measures_stand_beside_their_targets() -> None:
     gain = {"gain": 2.5, "gain_low": 2.0, "gain_high": 3.0}
     rows = [
         {"measure": "memory", "dense_psnr": 20.0, "window_16_psnr": 17.5, "empty_psnr": 15.0, "bound_psnr": 33.0,
@@ -14,7 +14,7 @@ def test_measures_stand_beside_what_was_asked() -> None:
         {"measure": "autoencoder_psnr", "mean": 35.6, "low": 34.6, "high": 36.7, "clips": 100},
     ]  # fmt: skip
     table = evaluation_table(rows)
-    assert list(table.columns) == ["measure", "asked", "measured"] and len(table) == 6
+    assert list(table.columns) == ["measure", "target", "measured"] and len(table) == 6
     assert table["measured"].iloc[0] == "35.60 [34.60, 36.70] dB, 100 clips"
     assert table["measured"].iloc[2] == "2.50 [2.00, 3.00] dB; copy 18.00 dB"
     assert table["measured"].iloc[3] == "98.5 % of 200"

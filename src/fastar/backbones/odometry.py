@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+HARMONICS = (1, 2, 4)
+WAVELENGTHS = (6.0, 12.0, 24.0, 48.0, 96.0)
+
 
 class Odometer:
     """Integrates actions into poses, and turns poses into smooth features.
@@ -25,8 +28,8 @@ class Odometer:
     def __init__(
         self,
         motions: Sequence[tuple[float, float]],
-        harmonics: Sequence[int] = (1, 2, 4),
-        wavelengths: Sequence[float] = (6, 12, 24, 48, 96),
+        harmonics: Sequence[int] = HARMONICS,
+        wavelengths: Sequence[float] = WAVELENGTHS,
     ) -> None:
         self.harmonics, self.wavelengths = tuple(harmonics), tuple(wavelengths)
         self.num_features = 2 * len(self.harmonics) + 4 * len(self.wavelengths)

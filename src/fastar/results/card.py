@@ -1,4 +1,4 @@
-"""What a model card says of a backbone: the measures of experiments/evaluate.py beside what was asked of it."""
+"""What a model card says of a backbone: the measures of experiments/evaluate.py beside their targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,14 +53,14 @@ LINES: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
         ),
     ),
 )
-"""Measure as `evaluate.py` names it, what the line is called, what was asked, how a result is written."""
+"""Measure as `evaluate.py` names it, what the line is called, its target, how a result is written."""
 
 
 def evaluation_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Text columns measure, asked, measured; measures that were not run are left out."""
+    """Text columns measure, target, measured; measures that were not run are left out."""
     found = {row["measure"]: row for row in rows}
-    lines = [(title, asked, write(found[name])) for name, title, asked, write in LINES if name in found]
-    return pd.DataFrame(lines, columns=["measure", "asked", "measured"])
+    lines = [(title, target, write(found[name])) for name, title, target, write in LINES if name in found]
+    return pd.DataFrame(lines, columns=["measure", "target", "measured"])
 
 
 def _gain(row: Row) -> str:

@@ -43,9 +43,8 @@ def plot_curves(
     for order, (line, group) in enumerate(stats.groupby(index, sort=False)):
         group = group.sort_values("frame")
         frame = group["frame"].astype(float)
-        width = 2.6 - 1.6 * order / max(
-            lines - 1, 1
-        )  # later lines are thinner: equal ones show as a core in a rim
+        # later lines are thinner: equal ones show as a core in a rim
+        width = 5.0 - 3.8 * order / max(lines - 1, 1)
         dash = DASHES[_round_of(colours, str(line)) % len(DASHES)]
         axes.plot(
             frame, group["mean"], color=colours[str(line)], label=str(line), linewidth=width, linestyle=dash

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastar.backbones.odometry import HARMONICS, WAVELENGTHS
+
 Numerics = Literal["wan", "diffusers", "self_forcing"]
 
 
@@ -33,8 +35,8 @@ class WanConfig:
     text_len: int | None = None
     num_actions: int | None = None
     action_motions: tuple[tuple[float, float], ...] | None = None
-    heading_harmonics: tuple[int, ...] = (1, 2, 4)
-    position_wavelengths: tuple[float, ...] = (6, 12, 24, 48, 96)
+    heading_harmonics: tuple[int, ...] = HARMONICS
+    position_wavelengths: tuple[float, ...] = WAVELENGTHS
     patch: int = 2
     eps: float = 1e-6
     rope_theta: float = 10000.0
