@@ -51,10 +51,10 @@ def small_backbone(seed: int = 0) -> Backbone:
 
 
 def poses(backbone: Backbone, actions: Tensor) -> Tensor:
-    """Odometry [B, F, K] of a video that starts at the origin."""
+    """Poses [B, F, 3] of a video that starts at the origin."""
     odometer = backbone.transformer.odometer
     assert odometer is not None
-    return odometer.features(odometer.advance(odometer.start(len(actions), actions.device), actions))
+    return odometer.advance(odometer.start(len(actions), actions.device), actions)
 
 
 def small_loop(**options: Any) -> ChunkLoop:

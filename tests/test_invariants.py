@@ -92,7 +92,7 @@ def test_1_cached_rollout_equals_uncached_block_causal_forward(
 
     attend = BlockCausalAttend(rope=backbone.transformer.rope, grid=GRID, chunk_frames=CHUNK)
     video = latents[:, :history]
-    conditions = {"actions": actions, "odometry": poses(backbone, actions)}
+    conditions = {"actions": actions, "poses": poses(backbone, actions)}
     levels = [*loop.timesteps, 0.0]
     for first in range(history, history + generated, CHUNK):
         noise = [chunk_noise(seeds, first, draw, (CHUNK, *LATENT), "cpu") for draw in range(len(levels))]

@@ -70,6 +70,11 @@ def test_float32_comes_back_bit_for_bit_with_config_and_checksum(backbone: Backb
     assert all(p.requires_grad for p in loaded.transformer.parameters())
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(backbone: Backbone, tmp_path: Path) -> None:
+    save_backbone(tmp_path, backbone)
+    assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / CONFIG).stat().st_mode
+
+
 def test_bfloat16_rounds_every_tensor_and_halves_the_file(backbone: Backbone, tmp_path: Path) -> None:
     save_backbone(tmp_path / "full", backbone)
     save_backbone(tmp_path / "half", backbone, storage="bfloat16")

@@ -1,4 +1,4 @@
-"""Dead reckoning: exact circles, the simulator's own kinematics, and nothing but differences of poses."""
+"""Dead reckoning: exact circles, the simulator's own kinematics, rays that meet the same things."""
 
 import math
 
@@ -22,22 +22,65 @@ def test_a_full_circle_and_a_walk_back_end_where_they_began() -> None:
     odometer = Odometer(MOTIONS)
     way = actions(*[LEFT] * 48, *[FORWARD] * 5, *[RIGHT] * 7, *[LEFT] * 7, *[BACK] * 5)
     poses = odometer.advance(odometer.start(1, "cpu"), way)
-    start, end = odometer.features(odometer.start(1, "cpu")), odometer.features(poses[:, -1])
+    start, end = odometer.features(odometer.start(1, "cpu"), 8), odometer.features(poses[:, -1], 8)
     assert torch.allclose(start, end, atol=1e-6)
-    assert not torch.allclose(start, odometer.features(poses[:, 23]), atol=0.1)
+    assert not torch.allclose(start, odometer.features(poses[:, 23], 8), atol=0.1)
 
 
 def test_features_tell_neighbouring_headings_apart_by_their_highest_harmonic() -> None:
     for harmonics in ((1, 2, 4), (1, 2, 4, 8, 16)):
         odometer = Odometer(MOTIONS, harmonics, (4, 8))
         poses = odometer.advance(odometer.start(1, "cpu"), actions(LEFT, LEFT))
-        features = odometer.features(poses)[0]
+        features = odometer.features(poses, 1)[0, :, 0]
         assert (
             features.shape == (2, odometer.num_features) and odometer.num_features == 2 * len(harmonics) + 8
         )
         heading = features.view(2, 2, -1)[:, :, : len(harmonics)]  # cosines, sines
         alike = (heading[0] * heading[1]).sum(0)[-1]
         assert alike == pytest.approx(math.cos(math.radians(7.5 * harmonics[-1])), abs=1e-5)
+
+
+def test_a_wall_keeps_its_ray_when_the_camera_turns() -> None:
+    """90 degrees through four columns: turning by 45 degrees moves the left edge of the picture to its middle."""
+    odometer = Odometer([(0, 0), (0, 45)], (1, 2), (4,))
+    edges = odometer.features(odometer.start(1, "cpu"), 4)[0]
+    assert edges.shape == (4, odometer.num_features)
+    azimuth = torch.atan2(edges[:, 4], edges[:, 0]).rad2deg()  # sine and cosine of the first harmonic
+    assert azimuth.tolist() == pytest.approx([36.87, 14.04, -14.04, -36.87], abs=0.01)
+    ahead = odometer.features(odometer.advance(odometer.start(1, "cpu"), actions(1)), 1)[0, 0, 0]
+    left = odometer.features(odometer.start(1, "cpu"), 100_000)[0, 0]
+    assert torch.allclose(ahead, left, atol=1e-4)
+
+
+def test_no_camera_sees_half_a_circle() -> None:
+    with pytest.raises(ValueError, match="field_of_view must lie between 0 and 180 degrees, got 180"):
+        Odometer(MOTIONS, field_of_view=180)
+
+
+def test_rays_reach_the_attention_of_a_fresh_backbone() -> None:
+    """What an untrained query says of where it looks is of the size of what it says of its content."""
+    torch.manual_seed(0)
+    sizes = {"dim": 96, "num_layers": 1, "num_heads": 2, "ffn_dim": 96, "in_channels": 16, "out_channels": 16}
+    net = CausalWanTransformer(WanConfig(**sizes, num_actions=5, action_motions=tuple(MOTIONS)))
+    heard: list[torch.Tensor] = []
+
+    def attend(stream, layer, q, k, v):
+        heard.append(q)
+        return v
+
+    same = torch.randn(1, 1, 16, 4, 4).expand(1, 40, -1, -1, -1)
+    other = torch.randn(1, 40, 16, 4, 4)
+    here, anywhere = torch.zeros(1, 40, 3), net.odometer.random_start(40, "cpu")[None].float()
+    rest = {
+        "timesteps": torch.zeros(1, 40),
+        "attend": attend,
+        "actions": torch.zeros(1, 40, dtype=torch.long),
+    }
+    with torch.no_grad():
+        net(same, poses=anywhere, **rest)
+        net(other, poses=here, **rest)
+    by_pose, by_content = (q.unflatten(2, (40, 4)).std(2).mean().item() for q in heard)
+    assert by_pose > 0.2 * by_content
 
 
 def test_a_turn_comes_before_its_step() -> None:
@@ -77,7 +120,7 @@ def test_the_doom_config_moves_as_the_simulator_does(repository) -> None:
         assert math.cos(math.radians(pose.degrees) - heading) == pytest.approx(1)
 
 
-def test_the_transformer_asks_for_odometry_exactly_when_it_has_an_odometer() -> None:
+def test_the_transformer_asks_for_poses_exactly_when_it_has_an_odometer() -> None:
     sizes = {"dim": 24, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "in_channels": 4, "out_channels": 4}
     plain = CausalWanTransformer(WanConfig(**sizes, num_actions=5))
     counting = CausalWanTransformer(WanConfig(**sizes, num_actions=5, action_motions=tuple(MOTIONS)))
@@ -87,13 +130,13 @@ def test_the_transformer_asks_for_odometry_exactly_when_it_has_an_odometer() -> 
         torch.zeros(1, 2, dtype=torch.long),
     )
     attend = FullAttend(rope=plain.rope, grid=(2, 2))
-    features = torch.zeros(1, 2, Odometer(MOTIONS).num_features)
+    poses = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match="exactly when the backbone has an odometer"):
-        plain(latents, timesteps, attend=attend, actions=acted, odometry=features)
+        plain(latents, timesteps, attend=attend, actions=acted, poses=poses)
     with pytest.raises(ValueError, match="exactly when the backbone has an odometer"):
         counting(latents, timesteps, attend=attend, actions=acted)
-    with pytest.raises(ValueError, match="one row per frame"):
-        counting(latents, timesteps, attend=attend, actions=acted, odometry=features[:, :1])
+    with pytest.raises(ValueError, match="one row of three per frame"):
+        counting(latents, timesteps, attend=attend, actions=acted, poses=poses[:, :1])
 
 
 def test_a_backbone_from_a_checkpoint_counts_as_the_one_that_was_saved(tmp_path) -> None:

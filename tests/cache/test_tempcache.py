@@ -318,3 +318,22 @@ def test_configured_caches_and_matchers(composed) -> None:  # type: ignore[no-un
     assert instantiate(composed("cache/tempcache_int4").cache)._format.bits == 4
     assert instantiate(composed("cache/tempcache", "cache.budget_share=null", "cache.budget_frames=9").cache)
     assert GRID[0] * GRID[1] == TOKENS
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
+def test_the_newest_share_of_the_slots_stays_exact(share: float) -> None:
+    policy = bound(cache.TempCache(budget_frames=20, recent_share=share, **FLOAT), chunk_frames=2)
+    history = fill(policy, 20)
+    kept = policy.verbatim_slots()
+    assert kept % (2 * TOKENS) == 0 and kept <= share * policy.capacity_slots()
+    assert kept > share * policy.capacity_slots() - 2 * TOKENS or share == 0.99
+    view = policy.view(0)
+    truth = torch.cat([chunk.k for chunk in history], dim=2)
+    if kept:
+        assert torch.equal(view.k[:, :, -kept:], truth[:, :, -kept:])
+    assert not torch.equal(view.k[:, :, -kept - 8 * TOKENS :], truth[:, :, -kept - 8 * TOKENS :])
+
+
+def test_a_recent_share_is_a_share() -> None:
+    with pytest.raises(ValueError, match="recent_share must be at least 0 and below 1, got 1"):
+        cache.TempCache(budget_frames=9, recent_share=1)

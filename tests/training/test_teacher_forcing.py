@@ -93,7 +93,7 @@ def test_training_and_cached_inference_compute_the_same_velocities(
     module = world_model(backbone)
     attend = module._attend_for(clean)
     attend.place(first_frame)
-    conditions = {"actions": actions, "odometry": poses(backbone, actions)}
+    conditions = {"actions": actions, "poses": poses(backbone, actions)}
     trained = module._velocity(clean, torch.zeros(2, frames), noisy, sigma, conditions, attend)
 
     rollout = small_rollout(backbone, seeds=(0, 1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,6 +63,8 @@ def save_backbone(
     }
     unfinished_config = folder / (CONFIG + ".part")
     unfinished_config.write_text(json.dumps(record, indent=2) + "\n")
+    # safetensors lets nobody but the owner read what it writes
+    shutil.copymode(unfinished_config, unfinished)
     unfinished.replace(folder / WEIGHTS)
     unfinished_config.replace(folder / CONFIG)
     return sha256

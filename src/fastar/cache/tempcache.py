@@ -68,7 +68,9 @@ class TempCache(BudgetedPolicy):
         value_weight: weight of the value change in the cost.
         weighting: w_ij, see `fastar.cache.merge.pair_weight`.
         per_head: merge in every head separately, or the same slots in all heads (costs are summed; less metadata).
-        sink_frames, recent_frames: first and newest frames that never take part in a merge.
+        sink_frames: first frames that never take part in a merge.
+        recent_frames: newest frames that never do; None for as many whole chunks as `recent_share` of the slots holds.
+        recent_share: used if `recent_frames` is None.
         rounds: in how many steps the merges of a commit are done; costs are brought up to date between them.
         refresh: partners searched anew at each commit, as a multiple of the tokens that arrive.
         moment: `full` second moment of the queries, or its `diagonal`.
@@ -89,7 +91,8 @@ class TempCache(BudgetedPolicy):
         weighting: Weighting = "root_ward",
         per_head: bool = True,
         sink_frames: int = 0,
-        recent_frames: int = 0,
+        recent_frames: int | None = None,
+        recent_share: float = 0.4,
         rounds: int = 2,
         refresh: float = 0.5,
         moment: Moment = "full",
@@ -104,14 +107,17 @@ class TempCache(BudgetedPolicy):
         check_choice("value", value, ("mean", "value_aware"))
         check_choice("weighting", weighting, ("none", "ward", "root_ward", "older"))
         check_choice("moment", moment, ("full", "diagonal"))
-        if min(sink_frames, recent_frames, value_weight, refresh) < 0 or min(rounds, moment_horizon) < 1:
+        if min(sink_frames, recent_frames or 0, value_weight, refresh) < 0 or min(rounds, moment_horizon) < 1:
             raise ValueError(
                 "sink_frames, recent_frames, value_weight and refresh must not be negative, rounds and moment_horizon "
                 f"at least 1; got {sink_frames}, {recent_frames}, {value_weight}, {refresh}, {rounds}, {moment_horizon}"
             )
+        if not 0 <= recent_share < 1:
+            raise ValueError(f"recent_share must be at least 0 and below 1, got {recent_share}")
         self.similarity, self.match_space, self.key, self.value = similarity, match_space, key, value
         self.log_count, self.value_weight, self.weighting = log_count, value_weight, weighting
-        self.per_head, self.sink_frames, self.recent_frames = per_head, sink_frames, recent_frames
+        self.per_head, self.sink_frames = per_head, sink_frames
+        self.recent_frames, self.recent_share = recent_frames, recent_share
         self.rounds, self.refresh, self.moment, self.moment_horizon = rounds, refresh, moment, moment_horizon
         self.matcher = ExactMatcher() if matcher is None else matcher
 
@@ -140,11 +146,18 @@ class TempCache(BudgetedPolicy):
         }
 
     def verbatim_slots(self) -> int:
-        return self.recent_frames * self.spec.tokens_per_frame
+        if self.recent_frames is not None:
+            return self.recent_frames * self.spec.tokens_per_frame
+        chunk = self.spec.chunk_frames * self.spec.tokens_per_frame
+        room = self.capacity_slots() - self._least_slots()
+        return max(0, min(int(self.recent_share * self.capacity_slots()), room)) // chunk * chunk
 
     def reserved_slots(self) -> int:
+        return self._least_slots() + (self.recent_frames or 0) * self.spec.tokens_per_frame
+
+    def _least_slots(self) -> int:
         # the newest frame of the middle has no partner yet, so one frame of room guarantees enough merges
-        return (self.sink_frames + self.recent_frames + 1) * self.spec.tokens_per_frame
+        return (self.sink_frames + 1) * self.spec.tokens_per_frame
 
     def _log_count(self, slots: Slots) -> Tensor | None:
         seen = (self.next_frame - self.first_frame) * self.spec.tokens_per_frame

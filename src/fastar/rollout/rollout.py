@@ -128,8 +128,9 @@ class Rollout:
         with self._timed("commit"):
             self.run_pass(self.loop.commit_pass(self.next_frame, kind), clean, actions)
         self.next_frame += self.loop.chunk_frames
-        if self.pose is not None and actions is not None:
-            self.pose = self._poses(actions)[:, -1]
+        poses = self._poses(actions)
+        if poses is not None:
+            self.pose = poses[:, -1]
 
     def run_pass(self, context: PassContext, latents: Tensor, actions: Tensor | None) -> Tensor:
         """One forward under `context`; the state commits only if its result is finite."""
@@ -141,7 +142,7 @@ class Rollout:
                 timesteps.expand(latents.shape[0], -1),
                 attend=self.state.attend,
                 actions=None if actions is None else actions.to(self.device),
-                odometry=self._odometry(actions),
+                poses=self._poses(actions),
             ).float()
             if context.commits:
                 self._require_finite(velocity, f"{context.kind} pass")
@@ -188,16 +189,11 @@ class Rollout:
                 f"{self.next_frame + self.loop.chunk_frames - 1}: the cache is as it was before this chunk"
             )
 
-    def _poses(self, actions: Tensor) -> Tensor:
-        """Poses [B, n, 3] of the frames that follow the last committed one under `actions` [B, n]."""
-        assert self.transformer.odometer is not None and self.pose is not None
-        return self.transformer.odometer.advance(self.pose, actions.to(self.device))
-
-    def _odometry(self, actions: Tensor | None) -> Tensor | None:
-        """Pose features of the current chunk, for a backbone that wants them."""
-        if self.transformer.odometer is None or actions is None:
+    def _poses(self, actions: Tensor | None) -> Tensor | None:
+        """Poses [B, n, 3] of the frames that follow the last committed one, for a backbone that wants them."""
+        if self.transformer.odometer is None or self.pose is None or actions is None:
             return None
-        return self.transformer.odometer.features(self._poses(actions))
+        return self.transformer.odometer.advance(self.pose, actions.to(self.device))
 
     def _chunk_starts(self, num_frames: int) -> range:
         if num_frames < 1 or num_frames % self.loop.chunk_frames:

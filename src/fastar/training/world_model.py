@@ -118,12 +118,12 @@ class WorldModelModule(TimedModule):
         return out[:, noisy.shape[1] :].float()
 
     def _conditions(self, actions: Tensor) -> dict[str, Tensor]:
-        """What the transformer is told of each frame: its action and, if it has an odometer, its pose."""
+        """What the transformer is told of each frame: its action and, if it has an odometer, where it is seen from."""
         odometer = self.transformer.odometer
         if odometer is None:
             return {"actions": actions}
         start = odometer.random_start(len(actions), actions.device)
-        return {"actions": actions, "odometry": odometer.features(odometer.advance(start, actions))}
+        return {"actions": actions, "poses": odometer.advance(start, actions)}
 
     def _attend_for(self, clean: Tensor) -> TeacherForcingAttend:
         if self._attend is None or self._attend.num_frames != clean.shape[1]:

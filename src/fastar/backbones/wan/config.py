@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastar.backbones.odometry import HARMONICS, WAVELENGTHS
+from fastar.backbones.odometry import FIELD_OF_VIEW, HARMONICS, WAVELENGTHS
 
 Numerics = Literal["wan", "diffusers", "self_forcing"]
 
@@ -14,14 +14,14 @@ Numerics = Literal["wan", "diffusers", "self_forcing"]
 class WanConfig:
     """Sizes of a causal Wan transformer.
 
-    `text_dim` None means no text cross-attention, `num_actions` None no action input.
-    `action_motions` gives (steps forward, degrees to the left) of each action; with it every frame is also told
-    its pose by dead reckoning, in features of these `heading_harmonics` and `position_wavelengths`
-    (`fastar.backbones.odometry`). Text shorter than
-    `text_len` is padded with zero embeddings, as Wan does; None takes any length as it is. `numerics` says
-    where float32 is used in a bfloat16 model: `wan` keeps the residual stream, norms and modulation in
-    float32; `diffusers` computes norms and modulation in float32 and stores the stream in the model's dtype;
-    `self_forcing` stays in the model's dtype. In a float32 model all three are the same.
+    `text_dim` None means no text cross-attention, `num_actions` None no action input. `action_motions` gives
+    (steps forward, degrees to the left) of each action; with it every token is also told its ray by dead
+    reckoning, in features of these `heading_harmonics` and `position_wavelengths`, for a camera of this
+    `field_of_view` in degrees (`fastar.backbones.odometry`). Text shorter than `text_len` is padded with zero
+    embeddings, as Wan does; None takes any length as it is. `numerics` says where float32 is used in a
+    bfloat16 model: `wan` keeps the residual stream, norms and modulation in float32; `diffusers` computes
+    norms and modulation in float32 and stores the stream in the model's dtype; `self_forcing` stays in the
+    model's dtype. In a float32 model all three are the same.
     """
 
     dim: int
@@ -37,6 +37,7 @@ class WanConfig:
     action_motions: tuple[tuple[float, float], ...] | None = None
     heading_harmonics: tuple[int, ...] = HARMONICS
     position_wavelengths: tuple[float, ...] = WAVELENGTHS
+    field_of_view: float = FIELD_OF_VIEW
     patch: int = 2
     eps: float = 1e-6
     rope_theta: float = 10000.0

@@ -31,8 +31,7 @@ KEY_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2", BOTH),
     ("time_projection.1", "condition_embedder.time_proj", BOTH),
     ("action_embedding", "action_embedding", WEIGHT),  # ours alone: Wan has no actions
-    ("odometry_embedding.0", "odometry_embedding.0", BOTH),
-    ("odometry_embedding.2", "odometry_embedding.2", BOTH),
+    ("ray_embedding", "ray_embedding", WEIGHT),
     ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", BARE),
     *(
         (f"blocks.{{i}}.{ours}.{p}", f"blocks.{{i}}.{theirs}.{to_p}", BOTH)
@@ -64,7 +63,7 @@ def key_pairs(config: WanConfig) -> list[tuple[str, str]]:
             ("cross_attn", config.text_dim is not None),
             ("norm3", config.text_dim is not None),
             ("action_embedding", config.num_actions is not None),
-            ("odometry_embedding", config.action_motions is not None),
+            ("ray_embedding", config.action_motions is not None),
         )
         if not present
     ]

@@ -48,11 +48,14 @@ class CausalWanTransformer(nn.Module):
         self.odometer: Odometer | None = None
         if config.action_motions is not None:
             self.odometer = Odometer(
-                config.action_motions, config.heading_harmonics, config.position_wavelengths
+                config.action_motions,
+                config.heading_harmonics,
+                config.position_wavelengths,
+                config.field_of_view,
             )
-            self.odometry_embedding = nn.Sequential(
-                nn.Linear(self.odometer.num_features, dim), nn.SiLU(), nn.Linear(dim, dim)
-            )
+            # Straight into the tokens, so that queries and keys are linear in it: through the modulation, whose layers
+            # start small, it was never learnt to be read.
+            self.ray_embedding = nn.Linear(self.odometer.num_features, dim, bias=False)
         self.blocks = nn.ModuleList(WanBlock(config, layer) for layer in range(config.num_layers))
         self.head = WanHead(config)
         self.init_weights()
@@ -63,15 +66,14 @@ class CausalWanTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv3d) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
         embeddings = [self.time_embedding, self.time_projection]
         if self.config.text_dim is not None:
             embeddings.append(self.text_embedding)
-        if self.config.action_motions is not None:
-            embeddings.append(self.odometry_embedding)
         for embedding in embeddings:
             for module in embedding:
                 if isinstance(module, nn.Linear):
@@ -97,21 +99,23 @@ class CausalWanTransformer(nn.Module):
         *,
         attend: Attend,
         actions: Tensor | None = None,
-        odometry: Tensor | None = None,
+        poses: Tensor | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
         """Velocity (noise - clean) [B, F, out_channels, h, w] of `latents` [B, F, in_channels, h, w].
 
         `timesteps` [B, F] are noise levels, 0 (clean) to 1000 (noise), one per frame; `actions` [B, F] int64
-        is what led to each frame, `odometry` [B, F, K] the features of its pose (`self.odometer`); `text`
+        is what led to each frame, `poses` [B, F, 3] where that leaves the camera (`self.odometer`); `text`
         [B, S, text_dim] are the prompt's token embeddings. Raises ValueError on shapes that do not fit, and
         when an input the config asks for is missing or one it has no use for is given.
         """
-        self._check(latents, timesteps, actions, odometry, text)
+        self._check(latents, timesteps, actions, poses, text)
         grid = self.grid_of(latents)
-        e = self._embed_time(timesteps, actions, odometry)
+        e = self._embed_time(timesteps, actions)
         modulation = self._project_time(e)
         tokens = self._patchify(latents, grid)
+        if poses is not None:
+            tokens = tokens + self._embed_rays(poses, grid)
         if text is not None:
             text = self._embed_text(text)
         for block in self.blocks:
@@ -123,7 +127,7 @@ class CausalWanTransformer(nn.Module):
         latents: Tensor,
         timesteps: Tensor,
         actions: Tensor | None,
-        odometry: Tensor | None,
+        poses: Tensor | None,
         text: Tensor | None,
     ) -> None:
         config = self.config
@@ -143,29 +147,35 @@ class CausalWanTransformer(nn.Module):
             raise ValueError(
                 f"actions must be one per frame, {tuple(latents.shape[:2])}, got {tuple(actions.shape)}."
             )
-        if (odometry is None) != (self.odometer is None):
+        if (poses is None) != (self.odometer is None):
+            raise ValueError("Pass poses exactly when the backbone has an odometer (config.action_motions).")
+        if poses is not None and poses.shape != (*latents.shape[:2], 3):
             raise ValueError(
-                "Pass odometry exactly when the backbone has an odometer (config.action_motions)."
-            )
-        if odometry is not None and odometry.shape[:2] != latents.shape[:2]:
-            raise ValueError(
-                f"odometry must be one row per frame, {tuple(latents.shape[:2])}, got {tuple(odometry.shape)}."
+                f"poses must be one row of three per frame, {(*latents.shape[:2], 3)}, got {tuple(poses.shape)}."
             )
         if (text is None) != (config.text_dim is None):
             raise ValueError(f"Pass text exactly when the backbone reads it: text_dim is {config.text_dim}.")
         if text is not None and (text.dim() != 3 or text.shape[-1] != config.text_dim):
             raise ValueError(f"text must be [batch, tokens, {config.text_dim}], got {tuple(text.shape)}.")
 
-    def _embed_time(self, timesteps: Tensor, actions: Tensor | None, odometry: Tensor | None) -> Tensor:
-        """Embedding of each frame's noise level, plus those of its action and pose: [B, F] -> [B, F, dim]."""
+    def _embed_time(self, timesteps: Tensor, actions: Tensor | None) -> Tensor:
+        """Embedding of each frame's noise level, plus that of its action: [B, F] -> [B, F, dim]."""
         with torch.autocast(timesteps.device.type, enabled=False):
             waves = sinusoid(timesteps, self.config.freq_dim)
             e = self.time_embedding(waves.to(self.patch_embedding.weight.dtype))
             if actions is not None:
                 e = e + self.action_embedding(actions)
-            if odometry is not None:
-                e = e + self.odometry_embedding(odometry.to(e.dtype))
             return e
+
+    def _embed_rays(self, poses: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Embedding of the ray of each token: [B, F, 3] -> [B, L, dim]."""
+        assert self.odometer is not None
+        rows, columns = grid
+        with torch.autocast(poses.device.type, enabled=False):
+            rays = self.ray_embedding(
+                self.odometer.features(poses, columns).to(self.ray_embedding.weight.dtype)
+            )
+        return rays[:, :, None].expand(-1, -1, rows, -1, -1).flatten(1, 3)
 
     def _project_time(self, e: Tensor) -> Tensor:
         with torch.autocast(e.device.type, enabled=False):
