@@ -18,8 +18,8 @@ help: ## this list
 setup: ## create or update .venv
 	@bash scripts/setup.sh
 
-demo: setup ## dense against FAST-AR and a window of equal bytes: table, plots, video (a small stand-in model for now)
-	$(BIN)/python experiments/compare.py experiment=demo backbone=tiny $(ARGS)
+demo: setup ## dense against FAST-AR and a window of equal bytes: table, plots, video
+	$(BIN)/python experiments/compare.py experiment=demo $(ARGS)
 
 test: setup ## the whole test suite, in parallel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)

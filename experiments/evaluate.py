@@ -30,8 +30,7 @@ from fastar.metrics.fidelity import frame_psnr
 from fastar.metrics.flow import LEFT, RIGHT, TurnAgreement
 from fastar.metrics.frechet import FrechetDistance
 from fastar.metrics.revisit import masked_psnr
-from fastar.results.card import evaluation_table
-from fastar.results.tables import to_markdown
+from fastar.results.card import evaluation_page, made_with
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
 
@@ -54,6 +53,7 @@ class Evaluation:
         self.loop: ChunkLoop = instantiate(config.rollout, chunk_frames=self.backbone.config.chunk_frames)
         self.output = Path(config.output)
         self.output.mkdir(parents=True, exist_ok=True)
+        self.made = made_with(self.backbone.sha256, self.loop.timesteps, self.device)
         self.started = time.monotonic()
 
     def clips(self, name: str, count: int, **options: Any) -> Iterator[Batch]:
@@ -81,14 +81,18 @@ class Evaluation:
 
     def report(self, measure: str, **values: Any) -> None:
         """Write one result, in place of an earlier one of the same measure, and show it."""
-        row = {"measure": measure, "seconds": round(time.monotonic() - self.started, 1), **values}
+        row = {
+            "measure": measure,
+            "seconds": round(time.monotonic() - self.started, 1),
+            **values,
+            "made": self.made,
+        }
         path = self.output / "backbone.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         others = [line for line in lines if json.loads(line)["measure"] != measure]
         lines = [*others, json.dumps(row)]
         path.write_text("\n".join(lines) + "\n")
-        table = evaluation_table([json.loads(line) for line in lines])
-        (self.output / "backbone.md").write_text(to_markdown(table))
+        (self.output / "backbone.md").write_text(evaluation_page([json.loads(line) for line in lines]))
         log.info("%s", row)
 
 

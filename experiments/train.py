@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastar.backbones import Backbone, load_backbone, save_backbone
+from fastar.backbones.checkpoint import read_config
 from fastar.data.pixels import to_model_range
 from fastar.training.autoencoder import AutoencoderModule, measure_latents
 from fastar.training.module import TimedModule
@@ -162,6 +163,8 @@ def export(config: DictConfig, backbone: Backbone, folder: Path) -> None:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     record = {name: plain[name] for name in ("seed", "data", "training")}
+    if config.training.init_from is not None:  # its weights matter, not where they lay
+        record["training"]["init_from"] = f"sha256 {read_config(config.training.init_from)['sha256']}"
     save_backbone(folder, backbone, storage=config.training.storage, training=record)
 
 

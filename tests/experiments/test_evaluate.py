@@ -27,6 +27,7 @@ def test_measures_on_a_real_checkpoint(repository, tmp_path) -> None:
         evaluate.run(settings(repository, tmp_path, *measures))
     rows = [json.loads(line) for line in (tmp_path / "backbone.jsonl").read_text().splitlines()]
     found = {row.pop("measure"): row for row in rows}
+    (made,) = {row.pop("made") for row in found.values()}
     assert len(rows) == len(found) == 4
     assert all(math.isfinite(value) for row in found.values() for value in row.values())
     assert found["autoencoder_psnr"]["mean"] > 20  # it is trained
@@ -35,7 +36,8 @@ def test_measures_on_a_real_checkpoint(repository, tmp_path) -> None:
     assert found["memory"]["bound_psnr"] > found["memory"]["dense_psnr"]
     assert (tmp_path / "returns.png").stat().st_size > 1000
     card = (tmp_path / "backbone.md").read_text()
-    assert card.count("\n") == 2 + 5 and f"{found['memory']['gain']:.2f} [" in card
+    assert card.endswith(f"\nMeasured with {made}.\n") and "timesteps 1000, 750, 500, 250, " in made
+    assert card.count("\n") == 2 + 5 + 2 and f"{found['memory']['gain']:.2f} [" in card
 
 
 def test_an_unknown_measure_names_the_choices(repository, tmp_path) -> None:

@@ -1,6 +1,6 @@
 """The model card's table."""
 
-from fastar.results.card import evaluation_table
+from fastar.results.card import evaluation_page, evaluation_table
 
 
 def test_measures_stand_beside_their_targets() -> None:
@@ -23,3 +23,11 @@ def test_measures_stand_beside_their_targets() -> None:
     )
     assert table["measured"].iloc[5] == "1.30 (52 / 40), 5040 frames a side"
     assert len(evaluation_table(rows[2:3])) == 1
+
+
+def test_the_page_names_every_maker_once() -> None:
+    row = {"measure": "action_following", "share": 1.0, "tries": 200}
+    other = {"measure": "drift", "early": 40.0, "late": 52.0, "ratio": 1.3, "frames": 5040}
+    page = evaluation_page([row | {"made": "one"}, other | {"made": "two"}, row | {"made": "one"}])
+    assert page.endswith("|\n\nMeasured with one.\n\nMeasured with two.\n") and page.count("one") == 1
+    assert "Measured" not in evaluation_page([row])

@@ -14,8 +14,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.train import main
-from fastar.backbones import load_backbone
+from experiments.train import export, main
+from fastar.backbones import load_backbone, save_backbone
 from fastar.backbones.checkpoint import read_config
 from fastar.training.callbacks import warming_average
 from fastar.training.module import SYNC_EVERY, TimedModule
@@ -173,13 +173,21 @@ def test_unknown_values_name_the_choices(composed: Callable[..., DictConfig], tm
 
 
 def test_weights_of_other_sizes_are_refused(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
-    from fastar.backbones import save_backbone
-
     save_backbone(tmp_path / "other", fresh_backbone())
     config = composed("train", "backbone=tiny", "training=tiny", f"output={tmp_path / 'run'}")
     config.training.init_from = str(tmp_path / "other")
     with pytest.raises(ValueError, match="has other sizes than backbone=tiny"):
         command(config)
+
+
+def test_an_export_tells_which_weights_it_started_from(
+    composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    sha256 = save_backbone(tmp_path / "start", fresh_backbone())
+    config = composed("train", "backbone=tiny", "training=tiny", f"training.init_from={tmp_path / 'start'}")
+    export(config, fresh_backbone(), tmp_path / "end")
+    assert read_config(tmp_path / "end")["training"]["training"]["init_from"] == f"sha256 {sha256}"
+    assert config.training.init_from == str(tmp_path / "start")
 
 
 @pytest.mark.slow

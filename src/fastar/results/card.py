@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
+
+from fastar.results.provenance import environment
+from fastar.results.tables import to_markdown
 
 Row = Mapping[str, Any]
 
@@ -61,6 +65,23 @@ def evaluation_table(rows: Sequence[Row]) -> pd.DataFrame:
     found = {row["measure"]: row for row in rows}
     lines = [(title, target, write(found[name])) for name, title, target, write in LINES if name in found]
     return pd.DataFrame(lines, columns=["measure", "target", "measured"])
+
+
+def evaluation_page(rows: Sequence[Row]) -> str:
+    """The table as Markdown, and below it what its numbers were made with (`made` of a row), each maker once."""
+    makers = dict.fromkeys(str(row["made"]) for row in rows if "made" in row)
+    return to_markdown(evaluation_table(rows)) + "".join(f"\nMeasured with {maker}.\n" for maker in makers)
+
+
+def made_with(checkpoint: str | None, timesteps: Sequence[float], device: torch.device) -> str:
+    """Weights, sampler, machine, code and day, in one line."""
+    made = environment(device=device)
+    commit = (made["git"] or {}).get("commit") or "unknown"
+    steps = ", ".join(f"{step:g}" for step in timesteps)
+    return (
+        f"checkpoint {str(checkpoint)[:8]}, timesteps {steps}, {made['device']}, "
+        f"torch {made['packages'].get('torch')}, code {commit[:8]}, {made['time'][:10]}"
+    )
 
 
 def _gain(row: Row) -> str:
