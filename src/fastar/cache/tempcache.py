@@ -92,7 +92,7 @@ class TempCache(BudgetedPolicy):
         per_head: bool = True,
         sink_frames: int = 0,
         recent_frames: int | None = None,
-        recent_share: float = 0.4,
+        recent_share: float = 0.5,
         rounds: int = 2,
         refresh: float = 0.5,
         moment: Moment = "full",

@@ -68,18 +68,21 @@ def write_report(
     seed: int,
     baseline: str,
     budget_share: float,
+    remember: bool = True,
 ) -> Report:
-    """Write tables, plots and videos of `runs`, and of what earlier reports in this `folder` were about.
+    """Write tables, plots and videos of `runs`.
 
     Args:
-        folder: of the report, beside the run folders.
+        folder: of the report.
         methods: in the order of lines and colours.
         seed: whose videos are shown side by side.
         baseline: method that paired differences are taken to.
         budget_share: of the runs that are shown as curves and videos, if the report knows several.
+        remember: show the runs of earlier reports in this `folder`, too: those of a sweep meet in one. The folder has
+            to lie beside the runs then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = _remember(folder, runs)
+    known = _remember(folder, runs) if remember else list(runs)
     rows = per_seed(load(known))
     if "budget_share" not in rows:
         rows["budget_share"] = float("nan")
@@ -107,10 +110,16 @@ def per_seed(rows: pd.DataFrame) -> pd.DataFrame:
     def own(seed: int | tuple[int, ...], clip: Any) -> int | str:
         if not isinstance(seed, tuple):
             return seed
-        return str(seed) if pd.isna(clip) else seed[clip]  # a time, say, is of the whole batch
+        return _span(seed) if pd.isna(clip) else seed[clip]  # a time, say, is of the whole batch
 
     seeds = [own(seed, clip) for seed, clip in zip(rows["seed"], rows["clip"], strict=True)]
     return rows.assign(seed=pd.Series(seeds, index=rows.index, dtype=object), clip=pd.NA)
+
+
+def _span(seeds: Sequence[int]) -> str:
+    """Seeds of a batch in few characters: 0-19 for twenty in a row."""
+    in_a_row = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+    return f"{seeds[0]}-{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))
 
 
 def describe(runs: Sequence[Path]) -> str:
@@ -161,6 +170,7 @@ def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
     for protocol, part in rows.groupby("protocol"):
         failed = failures(part, index="line").rename(columns={"line": "method"})
         if not failed.empty:
+            failed["reason"] = failed["reason"].str.split(". ", regex=False).str[0]
             report.tables[f"protocol {protocol}: failed runs"] = failed.astype(str)
 
 

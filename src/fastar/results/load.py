@@ -41,7 +41,7 @@ def load(
     Raises:
         ValueError: no runs are there, or one is damaged.
     """
-    runs, parts = _summaries(pattern), []
+    runs, parts = find_runs(pattern), []
     wanted = list(config)
     for number, (folder, summary) in enumerate(runs):
         table = _rows_of(folder, summary, partial=partial)
@@ -60,7 +60,7 @@ def load_runs(
 ) -> pd.DataFrame:
     """One row per run: what `load` has per run, then failure, time, device and git state."""
     wanted, records = list(config), []
-    for folder, summary in _summaries(pattern):
+    for folder, summary in find_runs(pattern):
         failure, made_with = summary.get("failure") or {}, summary.get("environment") or {}
         records.append(
             {
@@ -76,7 +76,12 @@ def load_runs(
     return pd.DataFrame(records)
 
 
-def _summaries(pattern: str | Path | Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
+def find_runs(pattern: str | Path | Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and summary of every run that `pattern` names, as `load` takes it, in the order of their folders.
+
+    Raises:
+        ValueError: no runs are there, or one is damaged.
+    """
     patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
     folders: set[Path] = set()
     for each in patterns:

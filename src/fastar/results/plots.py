@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from fastar.metrics.names import METRICS, shown_as
 from fastar.results.tables import UNITS, spread
@@ -14,6 +15,7 @@ from fastar.results.tables import UNITS, spread
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MAX_BANDS = 6  # more of them hide each other
 MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")  # the second, third, ... line of a colour
+WIDE = 4.0  # ratio of the largest to the smallest cost from which on their axis is logarithmic
 
 
 def colours_of(lines: Sequence[str]) -> dict[str, str]:
@@ -73,7 +75,10 @@ def plot_frontier(
     colours: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`."""
+    """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`.
+
+    Costs over a wide range get a logarithmic axis; what costs nothing is a dotted line across the picture then.
+    """
     keys = [index] if setting is None else [index, setting]
     stats = spread(rows, index=keys, metrics=[cost, quality], units=units)
     costs = stats[stats["metric"] == cost][[*keys, "mean"]].rename(columns={"mean": "cost"})
@@ -84,8 +89,19 @@ def plot_frontier(
         raise ValueError(f"no {index} has both {cost} and {quality}")
     figure, axes = _figure(quality, title)
     colours = colours or colours_of([str(line) for line in points[index].unique()])
+    paid = points.loc[points["cost"] > 0, "cost"]
+    if wide := len(paid) > 0 and paid.max() > WIDE * paid.min():
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     for line, group in points.groupby(index, sort=False):
         group = group.sort_values("cost")
+        if wide and (group["cost"] == 0).all():
+            axes.axhline(
+                group["mean"].mean(), color=colours[str(line)], linestyle=":", linewidth=1.4, label=str(line)
+            )
+            continue
         reach = [(group["mean"] - group["low"]).fillna(0), (group["high"] - group["mean"]).fillna(0)]
         axes.errorbar(
             group["cost"], group["mean"], yerr=reach, color=colours[str(line)], label=str(line),

@@ -1,0 +1,41 @@
+"""Runs that a table or figure rests on, copied to where they are kept: settings and numbers, no videos, no states."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastar.results.files import SUMMARY, TABLE, atomic, read_summary
+from fastar.results.load import find_runs
+
+
+def record_runs(pattern: str | Path | Sequence[str | Path], target: Path) -> list[Path]:
+    """Copy every finished or failed run that `pattern` names to `target`/<run id>; returns the copies.
+
+    A run that is there already is replaced, unless it is done and the new one failed.
+
+    Args:
+        pattern: as of `fastar.results.load`.
+        target: folder; made if need be.
+
+    Raises:
+        ValueError: no runs are there, one is damaged, or none of them has come to an end.
+    """
+    copies = []
+    for run, summary in find_runs(pattern):
+        if summary["status"] not in ("done", "failed"):
+            continue
+        copy = target / summary["run_id"]
+        copies.append(copy)
+        kept = read_summary(copy)
+        if copy.resolve() == run.resolve() or (
+            kept and (kept["status"], summary["status"]) == ("done", "failed")
+        ):
+            continue
+        copy.mkdir(parents=True, exist_ok=True)
+        for name in (TABLE, SUMMARY):  # the summary last: it says that the table is complete
+            if (run / name).exists():
+                with atomic(copy / name) as part:
+                    shutil.copyfile(run / name, part)
+    if not copies:
+        raise ValueError(f"no run in {pattern} has finished: nothing to record")
+    return list(dict.fromkeys(copies))

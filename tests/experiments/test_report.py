@@ -1,0 +1,83 @@
+"""Reports on runs that were made earlier, and on what was recorded of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose
+from omegaconf import DictConfig
+
+from experiments.compare import compare
+from experiments.report import report
+from fastar.results import load_runs
+from fastar.results.record import record_runs
+
+Tiny = Callable[..., DictConfig]
+
+
+def settings(**values: object) -> DictConfig:
+    return compose("report", overrides=[f"{name}={value}" for name, value in values.items()])
+
+
+def test_a_recorded_comparison_gives_the_same_report_elsewhere(tiny: Tiny, tmp_path: Path) -> None:
+    compare(tiny("method=[dense,window,empty]", "protocols=[A,B]", "seeds=2", "videos=1"))
+    [first] = (tmp_path / "compare").glob("report_*")
+    kept = tmp_path / "kept"
+    report(settings(runs=tmp_path / "compare", record=kept))
+    names = {path.name for path in kept.iterdir()} - {"report"}
+    assert names == {
+        run.name for run in (tmp_path / "compare").iterdir() if not run.name.startswith("report")
+    }
+    files = {path.name for name in names for path in (kept / name).iterdir()}
+    assert files == {"summary.json", "metrics.parquet"}, "numbers and settings, no videos"
+    for name in ("results.md", "results.csv"):
+        assert (kept / "report" / name).read_text() == (first / name).read_text()
+    assert (kept / "report" / "fidelity_bytes_B.png").stat().st_size > 1000
+    (kept / "report" / "results.md").unlink()
+    report(settings(runs=kept))
+    assert (kept / "report" / "results.md").read_text() == (first / "results.md").read_text()
+
+
+def test_recording_keeps_what_is_done_and_takes_what_is_new(tiny: Tiny, tmp_path: Path) -> None:
+    compare(tiny("method=[dense,empty]", "protocols=[B]", "seeds=1"))
+    source, kept = tmp_path / "compare", tmp_path / "kept"
+    first, *_ = sorted(record_runs(source, kept))
+    assert record_runs([source, kept], kept)  # the same runs twice, one of them itself
+    assert len(list(kept.iterdir())) == len(load_runs(source))
+
+    summary = source / first.name / "summary.json"
+    record = json.loads(summary.read_text())
+    summary.write_text(json.dumps(record | {"status": "failed"}))
+    record_runs(source, kept)
+    assert json.loads((first / "summary.json").read_text())["status"] == "done", (
+        "a failure replaces no result"
+    )
+    (first / "summary.json").write_text(json.dumps(record | {"status": "failed"}))
+    summary.write_text(json.dumps(record))
+    record_runs(source, kept)
+    assert json.loads((first / "summary.json").read_text())["status"] == "done"
+
+
+def test_runs_that_are_not_there_or_not_finished(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no runs match"):
+        record_runs(tmp_path / "nowhere", tmp_path / "kept")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"run_id": "run", "status": "running"}))
+    with pytest.raises(ValueError, match="has finished: nothing to record"):
+        record_runs(folder, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(SystemExit, match="error: no runs match"):
+        from fastar.compare.command import clear_errors
+
+        with clear_errors():
+            report(settings(runs=tmp_path / "nowhere"))
+
+
+def test_a_batch_that_fails_is_one_short_line(tiny: Tiny, tmp_path: Path) -> None:
+    quick = ["protocols=[B]", "methods.window.cache.budget_share=0.01", "frames=8", "videos=0"]
+    compare(tiny("method=[dense,window,empty]", "seeds=[4,5,6]", "batch=3", *quick))
+    [folder] = (tmp_path / "compare").glob("report_*")
+    text = (folder / "results.md").read_text()
+    assert "| window | 4-6 | the cache budget of" in text
