@@ -34,6 +34,10 @@ def test_a_recorded_comparison_gives_the_same_report_elsewhere(tiny: Tiny, tmp_p
     for name in ("results.md", "results.csv"):
         assert (kept / "report" / name).read_text() == (first / name).read_text()
     assert (kept / "report" / "fidelity_bytes_B.png").stat().st_size > 1000
+    head, _, *lines = (kept / "report" / "summary_B.md").read_text().splitlines()
+    assert head.startswith("| method | byte_share/end ↓ |") and "revisit_psnr (dB) ↑" in head
+    assert [line.split(" | ")[0] for line in lines[:3]] == ["| dense", "| window", "| empty"]
+    assert lines[-1].startswith("Protocol B; backbone tiny") and lines[-1].endswith(".")
     (kept / "report" / "results.md").unlink()
     report(settings(runs=kept))
     assert (kept / "report" / "results.md").read_text() == (first / "results.md").read_text()

@@ -20,6 +20,7 @@ QUALITY = ("psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr",
 MEMORY = ("cache_bytes/end", "byte_share/end", "slot_share/end", "density", "peak_allocated")
 SPEED = ("fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "latency_p50/steady")
 TABLES = {"quality": QUALITY, "memory and work": MEMORY, "speed": SPEED}
+SUMMARY = ("byte_share/end", "slot_share/end", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall")
 COMPARED = ("psnr", "revisit_psnr")
 TO_DENSE = "psnr"
 AT_END = ("cache_bytes", "byte_share", "slot_share")
@@ -101,6 +102,7 @@ def write_report(
     _add_plots(report, rows, here, colours)
     _add_videos(report, known, methods, seed, budget_share)
     _save_tables(report, rows)
+    _save_summaries(report, here)
     return report
 
 
@@ -188,6 +190,15 @@ def _save_tables(report: Report, rows: pd.DataFrame) -> None:
     (report.folder / "results.md").write_text("".join(text))
     stats = spread(rows, index=["protocol", "method", "budget_share"])
     stats.to_csv(report.folder / "results.csv", index=False)
+
+
+def _save_summaries(report: Report, here: pd.DataFrame) -> None:
+    """A few columns a protocol, at one budget, for a page to include: summary_A.md and so on."""
+    for protocol, _, part in _protocols(here):
+        stats = spread(part, metrics=SUMMARY)
+        if not stats.empty:
+            text = f"{to_markdown(pivot(stats))}\nProtocol {protocol}; {report.caption}.\n"
+            (report.folder / f"summary_{protocol}.md").write_text(text)
 
 
 def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: Mapping[str, str]) -> None:
