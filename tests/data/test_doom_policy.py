@@ -5,11 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from fastar.data.doom.camera import Action, Pose, trajectory
+from fastar.data.doom.camera import STEP, Action, Pose, hits_wall, trajectory
 from fastar.data.doom.dataset import clip_truth
 from fastar.data.doom.maps import make_world
 from fastar.data.doom.policy import BEHAVIOURS, Walk, plan_clip, random_start, revisit, scripted
 from fastar.data.doom.truth import seen_before
+
+
+class OpenPlain:
+    """A world without walls."""
+
+    def is_free(self, x: float, y: float) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -45,6 +52,29 @@ def test_the_camera_rarely_stands_still_or_pushes_against_walls() -> None:
             pushes += tries and before[:2] == after[:2]
     assert still / (20 * 191) < 0.1
     assert pushes / moves < 0.05 and moves / (20 * 191) > 0.2
+
+
+def test_dead_reckoning_mostly_holds() -> None:
+    """Pushing against a wall is the one thing that an odometer cannot count."""
+    off = []
+    for seed in range(30):
+        world = make_world(seed)
+        walk = plan_clip(world, 240, np.random.default_rng(seed))
+        counted = trajectory(OpenPlain(), walk.poses[0], walk.actions)  # type: ignore[arg-type]
+        off += [math.dist(p[:2], q[:2]) / STEP for p, q in zip(walk.poses, counted, strict=True)]
+    assert np.mean(np.array(off) > 3) < 0.05
+
+
+def test_a_wall_is_hit_by_what_goes_into_it() -> None:
+    world = make_world(0)
+    walk = Walk(world, random_start(world, np.random.default_rng(0)), frames=10_000)
+    while not hits_wall(world, walk.pose, Action.FORWARD):
+        walk.act(Action.FORWARD)
+    before = walk.pose
+    for harmless in (Action.NONE, Action.TURN_LEFT, Action.TURN_RIGHT, Action.BACKWARD):
+        assert not hits_wall(world, before, harmless)
+    walk.act(Action.FORWARD)
+    assert math.dist(before[:2], walk.pose[:2]) < STEP - 1
 
 
 def test_revisit_ends_where_the_camera_once_stood() -> None:

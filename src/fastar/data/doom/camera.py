@@ -57,14 +57,24 @@ def move(world: World, pose: Pose, action: int) -> Pose:
     """The pose one frame later. A wall stops the part of the motion that goes into it (the camera slides)."""
     if not 0 <= action < len(Action):
         raise ValueError(f"an action is one of 0 to {len(Action) - 1} (see Action), not {action}.")
+    free = _unhindered(pose, action)
+    for x, y in ((free.x, free.y), (free.x, pose.y), (pose.x, free.y)):
+        if world.is_free(x, y):
+            return Pose(x, y, free.heading)
+    return Pose(pose.x, pose.y, free.heading)
+
+
+def hits_wall(world: World, pose: Pose, action: int) -> bool:
+    """Whether a wall stops the motion of `action`, or part of it: dead reckoning is wrong from there on."""
+    return move(world, pose, action) != _unhindered(pose, action)
+
+
+def _unhindered(pose: Pose, action: int) -> Pose:
+    """The pose one frame later where there are no walls."""
     kind = Action(action)
     heading = (pose.heading + _TURN.get(kind, 0)) % HEADINGS
     sign = _MOVE.get(kind, 0)
-    dx, dy = sign * _OFFSETS[heading][0], sign * _OFFSETS[heading][1]
-    for x, y in ((pose.x + dx, pose.y + dy), (pose.x + dx, pose.y), (pose.x, pose.y + dy)):
-        if world.is_free(x, y):
-            return Pose(x, y, heading)
-    return Pose(pose.x, pose.y, heading)
+    return Pose(pose.x + sign * _OFFSETS[heading][0], pose.y + sign * _OFFSETS[heading][1], heading)
 
 
 def trajectory(world: World, start: Pose, actions: Sequence[int]) -> list[Pose]:

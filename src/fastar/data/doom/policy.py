@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastar.data.doom.camera import HEADINGS, STEP, Action, Pose, move
+from fastar.data.doom.camera import HEADINGS, STEP, Action, Pose, hits_wall, move
 from fastar.data.doom.maps import CELL, Cell, World
 
 _LEFT, _RIGHT = Action.TURN_LEFT, Action.TURN_RIGHT
@@ -216,9 +216,18 @@ def revisit(walk: Walk, rng: np.random.Generator) -> None:
 
 
 def fidget(walk: Walk, rng: np.random.Generator) -> None:
-    """Random actions, each held for 2 to 10 frames; may push against walls."""
+    """Random actions, each held for 2 to 10 frames, or until a wall is reached; one in three pushes against it once.
+
+    Every push puts dead reckoning off by up to a step for the rest of the clip.
+    """
     for _ in range(int(rng.integers(3, 9))):
-        walk.act(int(rng.integers(len(Action))), int(rng.integers(2, 11)))
+        action, pushes = int(rng.integers(len(Action))), rng.random() < 1 / 3
+        for _ in range(int(rng.integers(2, 11))):
+            at_wall = hits_wall(walk.world, walk.pose, action)
+            if pushes or not at_wall:
+                walk.act(action)
+            if at_wall:
+                break
 
 
 def pause(walk: Walk, rng: np.random.Generator) -> None:
