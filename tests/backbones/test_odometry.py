@@ -102,8 +102,12 @@ def test_chunk_by_chunk_equals_all_at_once() -> None:
 def test_the_doom_config_moves_as_the_simulator_does(repository) -> None:
     camera = pytest.importorskip("fastar.data.doom.camera", reason="the simulator's code needs fastar[doom]")
     with initialize_config_dir(str(repository / "conf"), version_base=None):
-        motions = compose("train").backbone.transformer.action_motions
-    odometer = Odometer([tuple(motion) for motion in motions])
+        transformer = compose("train").backbone.transformer
+    odometer = Odometer(
+        [tuple(motion) for motion in transformer.action_motions], field_of_view=transformer.field_of_view
+    )
+    raycast = pytest.importorskip("fastar.data.doom.raycast")
+    assert odometer.half_width == pytest.approx(camera.WIDTH / 2 / raycast.FOCAL_X)
 
     class OpenPlain:
         def is_free(self, x: float, y: float) -> bool:

@@ -1,5 +1,8 @@
 """A comparison in this process: the real configs, the tiny backbone with random weights, clips of noise."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,15 @@ from fastar.compare.clips import Clips
 from fastar.compare.session import Session, open_session
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(script: str, *overrides: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command as people give it, from `folder`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "experiments" / script), *overrides]
+    return subprocess.run(
+        line, env=environment, capture_output=True, text=True, check=False, timeout=280, cwd=folder
+    )
 
 
 def noise_clips(

@@ -1,10 +1,7 @@
 """The commands as people give them: what they leave behind, a second time, and every experiment in small."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,15 +21,9 @@ from fastar.data.doom.dataset import DoomClips
 from fastar.data.doom.script import PATHS, read_actions
 from fastar.data.video import read_mp4
 from fastar.results import load, load_runs
-from tests.experiments.conftest import ROOT, noise_clips, values
+from tests.experiments.conftest import ROOT, command, noise_clips, values
 
 EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
-
-
-def command(script: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, str(ROOT / "experiments" / script), *overrides]
-    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=280)
 
 
 def varied(path: Path) -> bool:

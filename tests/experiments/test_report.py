@@ -10,8 +10,10 @@ from omegaconf import DictConfig
 
 from experiments.compare import compare
 from experiments.report import report
+from fastar.compare.command import clear_errors
 from fastar.results import load_runs
 from fastar.results.record import record_runs
+from tests.experiments.conftest import command
 
 Tiny = Callable[..., DictConfig]
 
@@ -72,11 +74,8 @@ def test_runs_that_are_not_there_or_not_finished(tiny: Tiny, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="has finished: nothing to record"):
         record_runs(folder, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
-    with pytest.raises(SystemExit, match="error: no runs match"):
-        from fastar.compare.command import clear_errors
-
-        with clear_errors():
-            report(settings(runs=tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="error: no runs match"), clear_errors():
+        report(settings(runs=tmp_path / "nowhere"))
 
 
 def test_a_batch_that_fails_is_one_short_line(tiny: Tiny, tmp_path: Path) -> None:
@@ -85,3 +84,13 @@ def test_a_batch_that_fails_is_one_short_line(tiny: Tiny, tmp_path: Path) -> Non
     [folder] = (tmp_path / "compare").glob("report_*")
     text = (folder / "results.md").read_text()
     assert "| window | 4-6 | the cache budget of" in text
+
+
+def test_the_command_leaves_nothing_but_its_report(tiny: Tiny, tmp_path: Path) -> None:
+    compare(tiny("method=[dense,window]", "protocols=[B]", "seeds=1", "frames=8", "videos=0"))
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    done = command("report.py", f"runs={tmp_path / 'compare'}", folder=here)
+    assert done.returncode == 0, done.stderr
+    assert "psnr (dB) ↑" in done.stdout and not list(here.iterdir())
+    assert (tmp_path / "compare" / "report" / "results.md").exists()
