@@ -36,7 +36,7 @@ def test_measures_on_a_real_checkpoint(repository, tmp_path) -> None:
     assert found["memory"]["bound_psnr"] > found["memory"]["dense_psnr"]
     assert (tmp_path / "returns.png").stat().st_size > 1000
     card = (tmp_path / "backbone.md").read_text()
-    assert card.endswith(f"\nMeasured with {made}.\n") and "timesteps 1000, 750, 500, 250, " in made
+    assert card.endswith(f"\nMeasured with {made}.\n") and "timesteps 1000, 900, 750, 500, " in made
     assert card.count("\n") == 2 + 5 + 2 and f"{found['memory']['gain']:.2f} [" in card
 
 

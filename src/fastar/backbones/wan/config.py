@@ -15,8 +15,8 @@ class WanConfig:
     """Sizes of a causal Wan transformer.
 
     `text_dim` None means no text cross-attention, `num_actions` None no action input. `action_motions` gives
-    (steps forward, degrees to the left) of each action; with it every token is also told its ray by dead
-    reckoning, in features of these `heading_harmonics` and `position_wavelengths`, for a camera of this
+    (steps forward, degrees to the left) of each action; with it queries and keys also hold their token's ray by
+    dead reckoning, in features of these `heading_harmonics` and `position_wavelengths`, for a camera of this
     `field_of_view` in degrees (`fastar.backbones.odometry`). Text shorter than `text_len` is padded with zero
     embeddings, as Wan does; None takes any length as it is. `numerics` says where float32 is used in a
     bfloat16 model: `wan` keeps the residual stream, norms and modulation in float32; `diffusers` computes

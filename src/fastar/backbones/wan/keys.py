@@ -31,7 +31,6 @@ KEY_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2", BOTH),
     ("time_projection.1", "condition_embedder.time_proj", BOTH),
     ("action_embedding", "action_embedding", WEIGHT),  # ours alone: Wan has no actions
-    ("ray_embedding", "ray_embedding", WEIGHT),
     ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", BARE),
     *(
         (f"blocks.{{i}}.{ours}.{p}", f"blocks.{{i}}.{theirs}.{to_p}", BOTH)
@@ -43,6 +42,7 @@ KEY_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         for ours, theirs in _ATTENTIONS.items()
         for norm in ("norm_q", "norm_k")
     ),
+    *((f"blocks.{{i}}.self_attn.{ray}", f"blocks.{{i}}.attn1.{ray}", WEIGHT) for ray in ("ray_q", "ray_k")),
     ("blocks.{i}.norm3", "blocks.{i}.norm2", BOTH),
     ("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj", BOTH),
     ("blocks.{i}.ffn.2", "blocks.{i}.ffn.net.2", BOTH),
@@ -63,7 +63,8 @@ def key_pairs(config: WanConfig) -> list[tuple[str, str]]:
             ("cross_attn", config.text_dim is not None),
             ("norm3", config.text_dim is not None),
             ("action_embedding", config.num_actions is not None),
-            ("ray_embedding", config.action_motions is not None),
+            ("ray_q", config.action_motions is not None),
+            ("ray_k", config.action_motions is not None),
         )
         if not present
     ]

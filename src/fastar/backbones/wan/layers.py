@@ -11,24 +11,45 @@ from fastar.backbones.wan.config import WanConfig
 
 
 class WanAttention(nn.Module):
-    """Projections of one attention; q and k are RMS-normalised over the full dim, before heads are split."""
+    """Projections of one attention; q and k are RMS-normalised over the full dim, before heads are split.
 
-    def __init__(self, config: WanConfig) -> None:
+    With `num_rays` features of each token's ray, q and k also hold a linear map of them: a query can then look for what
+    was seen along its own ray, wherever in time that was. (Added to the tokens instead, rays were not learnt: a match
+    needs q, k and the embedding to agree first, and until then they are noise that training removes.)
+    """
+
+    def __init__(self, config: WanConfig, num_rays: int = 0) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.num_heads, self.num_rays = config.num_heads, num_rays
         self.q = nn.Linear(config.dim, config.dim)
         self.k = nn.Linear(config.dim, config.dim)
         self.v = nn.Linear(config.dim, config.dim)
         self.o = nn.Linear(config.dim, config.dim)
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+        if num_rays:
+            self.ray_q = nn.Linear(num_rays, config.dim, bias=False)
+            self.ray_k = nn.Linear(num_rays, config.dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, stream: Stream, layer: int, attend: Attend) -> Tensor:
-        """Queries from x [B, L, dim], keys and values from context [B, S, dim]; returns [B, L, dim]."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        stream: Stream,
+        layer: int,
+        attend: Attend,
+        rays: Tensor | None = None,
+    ) -> Tensor:
+        """Queries from x [B, L, dim], keys and values from context [B, S, dim]; returns [B, L, dim].
+
+        `rays` [B, L, num_rays] are of the tokens of x, which are then those of the context too.
+        """
         v = self.v(context)
         # Under autocast the norms run in their weights' float32; attention gets the projections' dtype.
         q = self.norm_q(self.q(x).to(self.norm_q.weight.dtype)).to(v.dtype)
         k = self.norm_k(self.k(context).to(self.norm_k.weight.dtype)).to(v.dtype)
+        if rays is not None:
+            q, k = q + self.ray_q(rays).to(q.dtype), k + self.ray_k(rays).to(k.dtype)
         out = attend(stream, layer, self._heads(q), self._heads(k), self._heads(v))
         return self.o(out.transpose(1, 2).flatten(2))
 
@@ -39,12 +60,12 @@ class WanAttention(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention, optional text cross-attention and feed-forward, modulated frame by frame."""
 
-    def __init__(self, config: WanConfig, layer: int) -> None:
+    def __init__(self, config: WanConfig, layer: int, num_rays: int = 0) -> None:
         super().__init__()
         self.layer = layer
         self.numerics = config.numerics
         self.norm1 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
-        self.self_attn = WanAttention(config)
+        self.self_attn = WanAttention(config, num_rays)
         if config.text_dim is not None:
             self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
             self.cross_attn = WanAttention(config)
@@ -56,15 +77,17 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, e: Tensor, text: Tensor | None, attend: Attend) -> Tensor:
-        """x [B, L, dim] frame-major; e [B, F, 6, dim] per-frame modulation; text [B, S, dim] or None."""
+    def forward(
+        self, x: Tensor, e: Tensor, text: Tensor | None, attend: Attend, rays: Tensor | None = None
+    ) -> Tensor:
+        """x [B, L, dim] frame-major; e [B, F, 6, dim] per-frame modulation; text [B, S, dim] or None; rays of x."""
         model_dtype = self.self_attn.q.weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             self.modulation + e.to(_modulation_dtype(self, x))
         ).unbind(2)
 
         h = _modulate(self.norm1, x, shift1, scale1).to(model_dtype)
-        x = self._add(x, self.self_attn(h, h, "self", self.layer, attend), gate1)
+        x = self._add(x, self.self_attn(h, h, "self", self.layer, attend, rays), gate1)
         if text is not None:
             h = _norm(self.norm3, x, shift1.dtype).to(model_dtype)
             x = x + self.cross_attn(h, text, "text", self.layer, attend)

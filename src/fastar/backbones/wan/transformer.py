@@ -19,7 +19,10 @@ from fastar.attention.context import Attend
 from fastar.attention.rope import RotaryEmbedding
 from fastar.backbones.odometry import Odometer
 from fastar.backbones.wan.config import WanConfig
-from fastar.backbones.wan.layers import WanBlock, WanHead
+from fastar.backbones.wan.layers import WanAttention, WanBlock, WanHead
+
+# Of ray_q = ray_k at the start: a head dim of 64 then adds about 3 to the logit of an equal ray in the same frame.
+RAY_STD = 0.15
 
 
 class CausalWanTransformer(nn.Module):
@@ -53,16 +56,14 @@ class CausalWanTransformer(nn.Module):
                 config.position_wavelengths,
                 config.field_of_view,
             )
-            # Straight into the tokens, so that queries and keys are linear in it: through the modulation, whose layers
-            # start small, it was never learnt to be read.
-            self.ray_embedding = nn.Linear(self.odometer.num_features, dim, bias=False)
-        self.blocks = nn.ModuleList(WanBlock(config, layer) for layer in range(config.num_layers))
+        num_rays = 0 if self.odometer is None else self.odometer.num_features
+        self.blocks = nn.ModuleList(WanBlock(config, layer, num_rays) for layer in range(config.num_layers))
         self.head = WanHead(config)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Start for training: Xavier linears, normal(0.02) time and text, zero actions and head."""
+        """Start for training: Xavier linears, normal(0.02) time and text, zero actions and head; equal rays attend."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -71,6 +72,10 @@ class CausalWanTransformer(nn.Module):
             elif isinstance(module, nn.Conv3d) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, WanAttention) and module.num_rays:
+                nn.init.normal_(module.ray_q.weight, std=RAY_STD)
+                module.ray_k.weight.copy_(module.ray_q.weight)
         embeddings = [self.time_embedding, self.time_projection]
         if self.config.text_dim is not None:
             embeddings.append(self.text_embedding)
@@ -114,12 +119,11 @@ class CausalWanTransformer(nn.Module):
         e = self._embed_time(timesteps, actions)
         modulation = self._project_time(e)
         tokens = self._patchify(latents, grid)
-        if poses is not None:
-            tokens = tokens + self._embed_rays(poses, grid)
+        rays = None if poses is None else self._rays(poses, grid, tokens.dtype)
         if text is not None:
             text = self._embed_text(text)
         for block in self.blocks:
-            tokens = block(tokens, modulation, text, attend)
+            tokens = block(tokens, modulation, text, attend, rays)
         return self._unpatchify(self.head(tokens, e), grid)
 
     def _check(
@@ -167,14 +171,11 @@ class CausalWanTransformer(nn.Module):
                 e = e + self.action_embedding(actions)
             return e
 
-    def _embed_rays(self, poses: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Embedding of the ray of each token: [B, F, 3] -> [B, L, dim]."""
+    def _rays(self, poses: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Features of the ray of each token: [B, F, 3] -> [B, L, num_rays]."""
         assert self.odometer is not None
         rows, columns = grid
-        with torch.autocast(poses.device.type, enabled=False):
-            rays = self.ray_embedding(
-                self.odometer.features(poses, columns).to(self.ray_embedding.weight.dtype)
-            )
+        rays = self.odometer.features(poses, columns).to(dtype)
         return rays[:, :, None].expand(-1, -1, rows, -1, -1).flatten(1, 3)
 
     def _project_time(self, e: Tensor) -> Tensor:
