@@ -139,6 +139,17 @@ def test_return_plans_hold_what_they_promise() -> None:
         assert again.actions == walk.actions and again.poses == walk.poses
 
 
+def test_what_returns_was_left_behind_anywhere_in_the_history() -> None:
+    """Half a history of memory is far from all of it: else a window of int4 would pass for a perfect cache."""
+    clips, older = ReturnClips(clips=8), []
+    for index in range(8):
+        _, truth = clips.plan(index)
+        frame, mask = int(truth["return_frames"][4]), truth["return_masks"][4]
+        recent_half = seen_before(truth["pose"], truth["depth"], frame, range(96, 192))
+        older.append((mask & ~recent_half).sum() / mask.sum())
+    assert 0.25 < sum(older) / 8 < 0.6
+
+
 def test_impossible_returns_are_refused() -> None:
     with pytest.raises(ValueError, match="need history > recent"):
         ReturnClips(clips=1, history=16)
