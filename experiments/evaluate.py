@@ -199,7 +199,7 @@ def memory(ev: Evaluation) -> None:
     gain = paired_difference(scores["dense"], scores["window_16"])
     means = {f"{name}_psnr": interval(values).mean for name, values in scores.items()}
     ev.report("memory", **means, gain=gain.mean, gain_low=gain.low, gain_high=gain.high, returns=gain.n)
-    contact_sheet(sheet, scale=2).save(ev.output / "returns.png")
+    contact_sheet(sheet, scale=2, unit="clip").save(ev.output / "returns.png")
 
 
 def drift(ev: Evaluation) -> None:

@@ -140,19 +140,26 @@ def test_return_plans_hold_what_they_promise() -> None:
 
 
 def test_what_returns_was_left_behind_anywhere_in_the_history() -> None:
-    """Half a history of memory is far from all of it: else a window of int4 would pass for a perfect cache."""
-    clips, older = ReturnClips(clips=8), []
-    for index in range(8):
-        _, truth = clips.plan(index)
-        frame, mask = int(truth["return_frames"][4]), truth["return_masks"][4]
-        recent_half = seen_before(truth["pose"], truth["depth"], frame, range(96, 192))
-        older.append((mask & ~recent_half).sum() / mask.sum())
-    assert 0.25 < sum(older) / 8 < 0.6
+    """Half a history of memory is far from all of it; after short absences it is nearly all."""
+
+    def last_seen_in_the_older_half(**absence: int) -> float:
+        clips, shares = ReturnClips(clips=8, **absence), []
+        for index in range(8):
+            _, truth = clips.plan(index)
+            frame, mask = int(truth["return_frames"][4]), truth["return_masks"][4]
+            newer_half = seen_before(truth["pose"], truth["depth"], frame, range(96, 192))
+            shares.append(float((mask & ~newer_half).sum() / mask.sum()))
+        return sum(shares) / 8
+
+    assert 0.25 < last_seen_in_the_older_half() < 0.6
+    assert last_seen_in_the_older_half(longest_absence=32, most_rooms=3) < 0.2
 
 
 def test_impossible_returns_are_refused() -> None:
     with pytest.raises(ValueError, match="need history > recent"):
         ReturnClips(clips=1, history=16)
+    with pytest.raises(ValueError, match="need longest_absence > 16 and most_rooms >= 1, not 16 and 5"):
+        ReturnClips(clips=1, longest_absence=16)
     with pytest.raises(ValueError, match=r"clip 0: no way back with 8 frames of 100% returning pixels"):
         ReturnClips(clips=1, history=24, future=8, share=1.0, cells=2).plan(0)
 

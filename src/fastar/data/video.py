@@ -92,6 +92,7 @@ def contact_sheet(
     indices: Sequence[int] | None = None,
     first_frame: int = 0,
     scale: int = 1,
+    unit: str = "frame",
 ) -> Image.Image:
     """A picture with one row per video and frames from left to right, both labelled.
 
@@ -101,6 +102,7 @@ def contact_sheet(
         indices: which frames to show instead.
         first_frame: index that the labels give to frame 0.
         scale: nearest-neighbour enlargement.
+        unit: what a column is, in the label of the first.
     """
     videos = {label: _checked(frames) for label, frames in rows.items()}
     height, width = (scale * side for side in _common_size(videos))
@@ -109,13 +111,13 @@ def contact_sheet(
         indices = np.linspace(0, longest - 1, min(columns, longest)).round().astype(int).tolist()
     font = ImageFont.load_default(size=_font_size(height))
     left = max(_text_size(label, font)[0] for label in videos) + 3 * GAP
-    top = _text_size("frame", font)[1] + 3 * GAP
+    top = _text_size(unit, font)[1] + 3 * GAP
     size = (left + len(indices) * (width + GAP), top + len(videos) * (height + GAP))
     sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for column, index in enumerate(indices):
         x = left + column * (width + GAP)
-        label = f"frame {first_frame + index}" if column == 0 else str(first_frame + index)
+        label = f"{unit} {first_frame + index}" if column == 0 else str(first_frame + index)
         draw.text((x + width // 2, top // 2), label, INK, font=font, anchor="mm")
     for row, (label, frames) in enumerate(videos.items()):
         y = top + row * (height + GAP)

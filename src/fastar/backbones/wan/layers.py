@@ -14,8 +14,8 @@ class WanAttention(nn.Module):
     """Projections of one attention; q and k are RMS-normalised over the full dim, before heads are split.
 
     With `num_rays` features of each token's ray, q and k also hold a linear map of them: a query can then look for what
-    was seen along its own ray, wherever in time that was. (Added to the tokens instead, rays were not learnt: a match
-    needs q, k and the embedding to agree first, and until then they are noise that training removes.)
+    was seen along its own ray, wherever in time that was. (Added to the tokens instead, rays were not learnt: their
+    weights shrank tenfold in 3,000 steps.)
     """
 
     def __init__(self, config: WanConfig, num_rays: int = 0) -> None:

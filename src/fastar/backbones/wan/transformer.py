@@ -21,7 +21,7 @@ from fastar.backbones.odometry import Odometer
 from fastar.backbones.wan.config import WanConfig
 from fastar.backbones.wan.layers import WanAttention, WanBlock, WanHead
 
-# Of ray_q = ray_k at the start: a head dim of 64 then adds about 3 to the logit of an equal ray in the same frame.
+# Of ray_q = ray_k at the start: 34 features in a head of 64 then add about 3 to the logit of an equal ray.
 RAY_STD = 0.15
 
 
