@@ -82,7 +82,7 @@ def open_run(config: DictConfig, session: Session, name: str, node: dict[str, An
     """The run of the store with these settings."""
     heldout: Any = OmegaConf.to_container(config.data.heldout, resolve=True)
     identity = {
-        "method": node,
+        "method": method_nodes.identity_of(node, session.weights),
         "data": {key: value for key, value in heldout.items() if key not in ("clips", "frames", "seed")},
         "rollout": OmegaConf.to_container(config.rollout, resolve=True),
         "actions": clips.actions[0].tolist(),

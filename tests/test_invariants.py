@@ -129,7 +129,9 @@ def test_2_merged_duplicates_change_nothing_in_any_engine(engine: str, sizes: li
 
 
 MERGING = {
-    name: config for name, config in CACHES.items() if config.get("log_count") and config.slot_bits == 16
+    name: config
+    for name, config in CACHES.items()
+    if config.get("log_count") and config.get("slot_bits") == 16
 }
 
 
@@ -168,10 +170,12 @@ def test_2_merged_duplicates_change_nothing_in_a_rollouts_state(
 def test_3_a_cache_with_room_for_everything_is_dense(backbone: Backbone, name: str) -> None:
     """In slots of the same precision. The paper's form has no budget; a threshold that nothing reaches keeps all."""
     config = CACHES[name]
-    precision = {"slot_bits": config.slot_bits, "storage": "float32"}
+    slots = config.get("policy", config)
+    precision = {"slot_bits": slots.slot_bits, "storage": "float32"}
+    given = {"policy": precision} if "policy" in config else precision
     nothing_merges = {"threshold": 1.5} if "threshold" in config else {}
     dense = run(small_rollout(backbone, partial(DenseCache, **precision)))
-    method = run(small_rollout(backbone, partial(budgeted, config, 100, **precision, **nothing_merges)))
+    method = run(small_rollout(backbone, partial(budgeted, config, 100, **given, **nothing_merges)))
     if "threshold" in config:  # its counts of one go through the engine, which changes the order of sums
         torch.testing.assert_close(method, dense, rtol=1e-5, atol=1e-5)
     else:

@@ -1,5 +1,6 @@
 """Every token is followed to the slot that stands for it, whatever the policy does."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,16 +17,22 @@ MERGING: dict[str, Any] = {
     "medoid": lambda: cache.TempCache(budget_frames=11, key="medoid", **FLOAT),
     "shared": lambda: cache.TempCache(budget_frames=11, per_head=False, **FLOAT),
     "regions": lambda: cache.TempCache(budget_frames=11, sink_frames=1, recent_frames=2, **FLOAT),
+    "headwise": lambda: cache.HeadwiseCache(
+        policy=partial(cache.TempCache, moment="diagonal", **FLOAT),
+        head_errors=cache.HeadErrors((4, 10), (((0.1, 0.1), (0.9, 0.0)),)),
+        budget_frames=18,
+    ),
     "paper": lambda: cache.TempCachePaper(threshold=0.5, **FLOAT),
     "paper_medoid": lambda: cache.TempCachePaper(threshold=0.5, key="medoid", sink_frames=1, **FLOAT),
 }
 
 
 def followed(policy: Any, chunks: list[cache.Staged]) -> torch.Tensor:
-    policy.lineage = Lineage()
+    lineage = Lineage()
+    policy.follow(lineage)
     for chunk in chunks:
         commit(policy, chunk)
-    assignment: torch.Tensor = policy.lineage.assignment(0, policy.view(0))
+    assignment: torch.Tensor = lineage.assignment(0, policy.view(0))
     return assignment
 
 

@@ -3,6 +3,8 @@
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
 from fastar.cache.dense import DenseCache
 from fastar.cache.empty import EmptyCache
+from fastar.cache.head_errors import HeadErrors
+from fastar.cache.headwise import HeadwiseCache
 from fastar.cache.key_norm import KeyNormCache
 from fastar.cache.random import RandomCache
 from fastar.cache.tempcache import TempCache
@@ -15,6 +17,8 @@ __all__ = [
     "CacheView",
     "DenseCache",
     "EmptyCache",
+    "HeadErrors",
+    "HeadwiseCache",
     "KeyNormCache",
     "RandomCache",
     "Staged",

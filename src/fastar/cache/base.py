@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastar.attention.rope import RotaryEmbedding
+
+if TYPE_CHECKING:
+    from fastar.cache.lineage import Lineage
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,10 @@ class CachePolicy(ABC):
         raise ValueError(
             f"{type(self).__name__} cannot rewrite frames it has taken in (from frame {first_frame})"
         )
+
+    def follow(self, lineage: Lineage) -> None:
+        """Report arrivals and merges to `lineage`, from before the first commit on, so that recall can be measured."""
+        raise ValueError(f"{type(self).__name__} cannot say which slot stands for which token")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

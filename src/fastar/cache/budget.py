@@ -16,6 +16,19 @@ class BudgetOptions(SlotOptions, total=False):
     history_frames: int
 
 
+def budget_in_frames(
+    share: float | None, frames: float | None, total_bytes: int | None, history_frames: int
+) -> float | None:
+    """The budget in dense frames; None if it was given in bytes. Exactly one of the three is to be given."""
+    given = [budget for budget in (share, frames, total_bytes) if budget is not None]
+    if len(given) != 1 or given[0] <= 0:
+        raise ValueError(
+            "give exactly one positive budget: budget_share, budget_frames or budget_bytes; got "
+            f"{share}, {frames} and {total_bytes}"
+        )
+    return frames if share is None else share * history_frames
+
+
 class BudgetedPolicy(SlotPolicy):
     """A policy with a fixed number of slots, the most that its budget can hold with all metadata.
 
@@ -40,15 +53,8 @@ class BudgetedPolicy(SlotPolicy):
         **slots: Unpack[SlotOptions],
     ) -> None:
         super().__init__(**slots)
-        given = [b for b in (budget_share, budget_frames, budget_bytes) if b is not None]
-        if len(given) != 1 or given[0] <= 0:
-            raise ValueError(
-                "give exactly one positive budget: budget_share, budget_frames or budget_bytes; got "
-                f"{budget_share}, {budget_frames} and {budget_bytes}"
-            )
-        if budget_share is not None:
-            budget_frames = budget_share * history_frames
-        self.budget_frames, self.budget_bytes = budget_frames, budget_bytes
+        self.budget_frames = budget_in_frames(budget_share, budget_frames, budget_bytes, history_frames)
+        self.budget_bytes = budget_bytes
         self._capacity = 0
 
     def total_budget(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastar.cache.base import Staged
-from fastar.cache.policy import SlotPolicy
+from fastar.cache.policy import Prepared, SlotPolicy
 from fastar.cache.slots import Slots
 
 
@@ -21,11 +21,13 @@ class DenseCache(SlotPolicy):
     ) -> Slots:
         return slots
 
-    def _take_in(self) -> int:
-        # Appending in place copies no history. What lies beyond `filled` is invisible until the commit ends.
-        arrivals = [self._encode(self._staged[layer]) for layer in range(self.spec.num_layers)]
-        total = self.filled + arrivals[0].size
+    def _commit_layer(self, layer: int) -> tuple[Slots, dict[str, Tensor]]:
+        return self._encode(self._staged[layer]), {}  # what arrives, without a copy of the history
+
+    def _take_in(self, prepared: Prepared) -> int:
+        # What lies beyond `filled` is invisible until the commit ends.
+        total = self.filled + prepared[0][0].size
         self._reserve(total, keep=self.filled)
-        for buffer, slots in zip(self._buffers, arrivals, strict=True):
+        for buffer, (slots, _) in zip(self._buffers, prepared, strict=True):
             buffer.write(self.filled, slots)
         return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ DROPPED = -1
 
 
 class Lineage:
-    """Follows every token of a rollout through the merges of one cache; set it as `SlotPolicy.lineage`.
+    """Follows every token of a rollout through the merges of one cache; hand it to `CachePolicy.follow`.
 
     A token is known by its position, a slot by that of the token it is placed at. Evictions need no report: what is in
     no slot is dropped. T tokens have been committed; their order is that of commits.
@@ -79,3 +81,24 @@ class Lineage:
         """Index of the token at each packed position, and whether there is one."""
         index = torch.searchsorted(self._codes, codes.contiguous()).clamp_max(max(self.num_tokens - 1, 0))
         return index, self._codes[index] == codes
+
+
+class PartOfHeads:
+    """What a policy that serves some heads of one layer reports to, as its layer 0, in place of the whole `lineage`.
+
+    Arrivals are told to the whole by whoever divides the heads.
+    """
+
+    def __init__(self, lineage: Lineage, layer: int, heads: Sequence[int], num_heads: int) -> None:
+        self.lineage, self.layer, self.heads, self.num_heads = lineage, layer, list(heads), num_heads
+
+    def arrive(self, positions: Tensor) -> None:
+        """Known already."""
+
+    def merge(self, layer: int, before: Tensor, after: Tensor, root: Tensor) -> None:
+        """`Lineage.merge` for these heads; in the others every slot stays what it is."""
+        shape = (root.shape[0], self.num_heads, root.shape[2])
+        own = torch.arange(root.shape[2], device=root.device).expand(shape).clone()
+        old, new = (before[:, :1].expand(shape).clone() for _ in range(2))
+        own[:, self.heads], old[:, self.heads], new[:, self.heads] = root, before, after
+        self.lineage.merge(self.layer, old, new, own)

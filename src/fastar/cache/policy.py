@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
-from fastar.cache.lineage import Lineage
+from fastar.cache.lineage import Lineage, PartOfHeads
 from fastar.cache.slots import (
     DTYPES,
     MAX_FRAME,
@@ -29,6 +29,10 @@ class SlotOptions(TypedDict, total=False):
     slot_bits: int
     storage: str
     quant_group: int | None
+
+
+Prepared = list[tuple[Slots, dict[str, Tensor]]]
+"""By layer: slots and extras after a commit that has not happened yet."""
 
 
 class SlotPolicy(CachePolicy):
@@ -57,7 +61,7 @@ class SlotPolicy(CachePolicy):
         self.first_frame = 0  # the rollout's first frame, an absolute index
         self.next_frame = 0  # frames before this one have been committed
         self.exact_from = 0  # frames from this one on are kept verbatim, as the newest slots
-        self.lineage: Lineage | None = None  # set it before the first commit to measure recall
+        self._lineage: Lineage | PartOfHeads | None = None
 
     # -- what a policy says about itself -------------------------------------------------------------------------
 
@@ -89,9 +93,12 @@ class SlotPolicy(CachePolicy):
 
     def note_merges(self, layer: int, before: Slots, after: Slots, root: Tensor) -> None:
         """To be called by policies that merge: `before` ended in slots `root` [N, S], which `after` shows merged."""
-        if self.lineage is not None:
+        if self._lineage is not None:
             root = root.unflatten(0, self.metadata_shape())
-            self.lineage.merge(layer, before["position"], after["position"], root)
+            self._lineage.merge(layer, before["position"], after["position"], root)
+
+    def follow(self, lineage: Lineage | PartOfHeads) -> None:
+        self._lineage = lineage
 
     # -- the life of a cache -------------------------------------------------------------------------------------
 
@@ -128,13 +135,24 @@ class SlotPolicy(CachePolicy):
     def discard(self) -> None:
         self._staged.clear()
 
-    @torch.no_grad()
     def commit(self, first_frame: int, num_frames: int) -> None:
+        self.finish(self.prepare(first_frame, num_frames), first_frame, num_frames)
+
+    @torch.no_grad()
+    def prepare(self, first_frame: int, num_frames: int) -> Prepared:
+        """The first half of a commit: all that can fail, computed aside; slots and counters stay as they are."""
         self._check_commit(first_frame, num_frames)
-        if self.lineage is not None:
-            self.lineage.arrive(self._staged[0].positions)
+        if self._lineage is not None:
+            self._lineage.arrive(self._staged[0].positions)
+        return [self._commit_layer(layer) for layer in range(self.spec.num_layers)]
+
+    @torch.no_grad()
+    def finish(self, prepared: Prepared, first_frame: int, num_frames: int) -> None:
+        """The second half: make what was prepared the current state."""
         offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
-        self.filled = self._take_in()
+        if self.next_frame == 0:
+            self.first_frame = self.exact_from = first_frame
+        self.filled = self._take_in(prepared)
         self.next_frame = first_frame + num_frames
         if capacity is not None and offered > capacity:
             verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
@@ -150,17 +168,21 @@ class SlotPolicy(CachePolicy):
         return CacheView(k, v, self._log_count(slots), positions)
 
     def drop_from(self, first_frame: int) -> None:
+        self.check_drop(first_frame)
         if first_frame >= self.next_frame:
             return
+        removed = (self.next_frame - first_frame) * self.spec.tokens_per_frame
+        self.filled = max(0, self.filled - removed)
+        self.next_frame = first_frame
+        self._staged.clear()
+
+    def check_drop(self, first_frame: int) -> None:
+        """Raise a ValueError if frames from `first_frame` on cannot be dropped any more."""
         if first_frame < self.exact_from:
             raise ValueError(
                 f"frames {first_frame} to {self.next_frame - 1} cannot be rewritten: of them, those before frame "
                 f"{self.exact_from} have been merged or evicted already; rewrite fewer frames or keep more recent ones"
             )
-        removed = (self.next_frame - first_frame) * self.spec.tokens_per_frame
-        self.filled = max(0, self.filled - removed)
-        self.next_frame = first_frame
-        self._staged.clear()
 
     # -- accounting and saved state ------------------------------------------------------------------------------
 
@@ -250,13 +272,6 @@ class SlotPolicy(CachePolicy):
                     f"staged positions end at {last}, but the commit ends at frame {first_frame + num_frames - 1} "
                     f"and rows and columns must stay below {MAX_SIDE}"
                 )
-            self.first_frame = self.exact_from = first_frame
-
-    def _take_in(self) -> int:
-        """Absorb what is staged in all layers, then make it current; the number of slots now filled."""
-        results = [self._commit_layer(layer) for layer in range(self.spec.num_layers)]
-        self._store(results)
-        return results[0][0].size
 
     def _commit_layer(self, layer: int) -> tuple[Slots, dict[str, Tensor]]:
         slots, extras = self._buffers[layer].narrow(0, self.filled), dict(self._extras[layer])
@@ -287,10 +302,15 @@ class SlotPolicy(CachePolicy):
         positions = torch.zeros(1, 3, dtype=torch.long, device=spec.device)
         return self._encode(Staged(zero, zero, zero, zero, positions))
 
-    def _store(self, results: list[tuple[Slots, dict[str, Tensor]]]) -> None:
-        """Make the computed state of all layers the current one. Buffers that suffice are kept, at their address."""
-        self._reserve(results[0][0].size, keep=0)
-        for layer, (slots, extras) in enumerate(results):
+    def _take_in(self, prepared: Prepared) -> int:
+        """Make what a commit computed the current state of all layers; the number of slots now filled."""
+        self._store(prepared)
+        return prepared[0][0].size
+
+    def _store(self, layers: Prepared) -> None:
+        """Put slots and extras in place of the current ones. Buffers that suffice are kept, at their address."""
+        self._reserve(layers[0][0].size, keep=0)
+        for layer, (slots, extras) in enumerate(layers):
             self._buffers[layer].write(0, slots)
             self._extras[layer] = extras
 

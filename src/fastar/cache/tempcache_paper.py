@@ -12,7 +12,7 @@ from fastar.ann.exact import ExactMatcher
 from fastar.ann.similarity import SIMILARITIES, Similarity, key_features
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.merge import Representative, find_roots, group_mean, group_medoid, rows_of
-from fastar.cache.policy import SlotOptions, SlotPolicy
+from fastar.cache.policy import Prepared, SlotOptions, SlotPolicy
 from fastar.cache.slots import Slots, take, unpack_positions
 from fastar.cache.tempcache import MatchSpace
 
@@ -95,12 +95,11 @@ class TempCachePaper(SlotPolicy):
         count = slots["count"].float()
         return (count if self.log_count else count.clamp_max(1)).log()
 
-    def _take_in(self) -> int:
-        results = [self._commit_layer(layer) for layer in range(self.spec.num_layers)]
+    def _take_in(self, prepared: Prepared) -> int:
         # One wait for the device a commit: layers are cut to the longest list of slots in any of them.
-        size = max(int((slots["count"] > 0).sum(-1).max()) for slots, _ in results)
+        size = max(int((slots["count"] > 0).sum(-1).max()) for slots, _ in prepared)
         padded = []
-        for slots, extras in results:
+        for slots, extras in prepared:
             kept = slots.narrow(0, min(size, slots.size))
             padded.append(
                 (Slots.cat(kept, slots.empty(size - kept.size)) if kept.size < size else kept, extras)

@@ -78,6 +78,8 @@ class Comparison:
         config = self.config
         self.nodes = method_nodes.resolved(config)
         self.methods = {name: method_nodes.method_of(name, node) for name, node in self.nodes.items()}
+        weights = self.session.weights
+        self.identities = {name: method_nodes.identity_of(node, weights) for name, node in self.nodes.items()}
         self.budgeted = method_nodes.budgeted(config.methods)
         self.seeds = list(range(config.seeds)) if isinstance(config.seeds, int) else list(config.seeds)
         self.metrics = {name: instantiate(node) for name, node in config.metrics.items()}
@@ -206,7 +208,7 @@ class Comparison:
         labels: dict[str, Any] = {"method": name, "protocol": protocol, "backbone": config.backbone.name}
         if name in self.budgeted:
             labels["budget_share"] = float(config.budget_share)
-        identity = {"protocol": protocol, "method": self.nodes[name], **self._setup(len(group.seeds))}
+        identity = {"protocol": protocol, "method": self.identities[name], **self._setup(len(group.seeds))}
         if protocol == "A":
             identity["attention_chunks"] = config.attention_chunks
         if timed and self.session.device.type == "cpu":

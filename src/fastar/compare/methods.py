@@ -1,12 +1,15 @@
 """Methods as configs name them (conf/method): from a node to fresh caches and selectors."""
 
+import hashlib
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from fastar.cache import HeadErrors
 from fastar.rollout.method import Method
 
 COMMON_BUDGET = "${budget_share}"
@@ -33,6 +36,25 @@ def resolved(config: DictConfig) -> dict[str, dict[str, Any]]:
         raise ValueError("no method was asked for: name some, as in method=[dense,tempcache,window]")
     plain: Any = OmegaConf.to_container(config.methods, resolve=True)
     return dict(plain)
+
+
+def identity_of(node: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
+    """What decides the numbers of a resolved node: itself, with the content of the file that it names, not its place.
+
+    Raises:
+        ValueError: the file is missing or damaged, or was measured on other weights than those of sha256 `weights`.
+    """
+    path = node["cache"].get("head_errors")
+    if path is None:
+        return dict(node)
+    errors = HeadErrors.load(path)
+    if errors.weights != weights:
+        raise ValueError(
+            f"{path} was measured on other weights ({str(errors.weights)[:8]}, these are {str(weights)[:8]}): "
+            f"measure it again with `python experiments/calibrate.py checkpoint={Path(path).parent}`"
+        )
+    digest = hashlib.sha256(repr((errors.frames, errors.errors)).encode()).hexdigest()
+    return {**node, "cache": {**node["cache"], "head_errors": digest}}
 
 
 def budgeted(methods: DictConfig) -> set[str]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastar.attention.state import AttendEvent, AttentionState
 from fastar.cache.lineage import Lineage
-from fastar.cache.policy import SlotPolicy
 from fastar.engines.reference import attention_weights
 from fastar.metrics.recall import attention_recall, relative_output_error, spread_over_members
 
@@ -28,7 +27,9 @@ class AttentionProbe:
 
     def __init__(self, states: Mapping[str, AttentionState]) -> None:
         self.states, self.active = states, False
-        self._lineages = {name: _follow(name, state) for name, state in states.items()}
+        self._lineages = {name: Lineage() for name in states}
+        for name, state in states.items():
+            state.cache.follow(self._lineages[name])
         self._found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in states}
 
     def on_attend(self, event: AttendEvent) -> None:
@@ -56,13 +57,3 @@ class AttentionProbe:
         self._found[name] = []
         means = {"recall": torch.stack(recalls), "output_error": torch.stack(errors)}
         return {metric: values.mean(dim=0).tolist() for metric, values in means.items()}
-
-
-def _follow(name: str, state: AttentionState) -> Lineage:
-    """Have the cache of `state` report its merges."""
-    if not isinstance(state.cache, SlotPolicy):
-        raise ValueError(
-            f"the recall of {name} cannot be measured: {type(state.cache).__name__} keeps no slots"
-        )
-    state.cache.lineage = Lineage()
-    return state.cache.lineage

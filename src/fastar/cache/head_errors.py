@@ -1,0 +1,94 @@
+"""Which heads need the past: how much a layer's output suffers if one head sees only its newest frames.
+
+Few heads look far back, most are local (DuoAttention, Xiao et al. 2024, on language models; measured here by
+experiments/calibrate.py). A budget that knows this is spent where it matters (Ada-KV, Feng et al. 2024).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+Table = list[list[int]]
+"""A number for every layer and head."""
+
+
+@dataclass(frozen=True)
+class HeadErrors:
+    """Measured cost of forgetting.
+
+    Attributes:
+        frames: n ascending numbers of frames.
+        errors: [layers][heads][n]: mean squared change of the layer's attention output (after its projection), over its
+            mean square, if this head alone attends to the current chunk and its newest `frames` only.
+        weights: sha256 of the weights it was measured on.
+    """
+
+    frames: tuple[int, ...]
+    errors: tuple[tuple[tuple[float, ...], ...], ...]
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.frames, self.frames[1:], strict=False))
+        if not self.frames or self.frames[0] < 1 or not rising:
+            raise ValueError(f"frames must be ascending positive numbers, got {list(self.frames)}")
+        if any(len(curve) != len(self.frames) for layer in self.errors for curve in layer):
+            raise ValueError(f"every head needs {len(self.frames)} errors, one for each number of frames")
+        if len({len(layer) for layer in self.errors}) != 1:
+            raise ValueError("every layer must have the same number of heads")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads."""
+        return len(self.errors), len(self.errors[0])
+
+    def allot(self, mean_frames: float) -> Table:
+        """Frames for every head, on average at most `mean_frames`, so that the sum of errors is small.
+
+        Every head starts with the fewest; then, again and again, the extension that lowers the error most for its
+        frames is bought, as long as one can be paid.
+        """
+        layers, heads = self.shape
+        chosen = [[0] * heads for _ in range(layers)]
+        left = (mean_frames - self.frames[0]) * layers * heads
+        while True:
+            offers = []
+            for layer, curves in enumerate(self.errors):
+                for head, curve in enumerate(curves):
+                    now = chosen[layer][head]
+                    for later in range(now + 1, len(curve)):
+                        price = self.frames[later] - self.frames[now]
+                        gain = curve[now] - curve[later]
+                        if price <= left and gain > 0:
+                            offers.append((gain / price, -layer, -head, -later, price))
+            if not offers:
+                return [[self.frames[index] for index in layer] for layer in chosen]
+            _, layer, head, later, price = max(offers)
+            chosen[-layer][-head] = -later
+            left -= price
+
+    def save(self, path: str | Path, **made: object) -> None:
+        """Write as JSON, with what else is to be known about the measurement."""
+        table = [[[float(f"{error:.4g}") for error in curve] for curve in layer] for layer in self.errors]
+        rows = {"frames": list(self.frames), "weights": self.weights, **made, "errors": table}
+        Path(path).write_text(json.dumps(rows) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadErrors:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it is damaged.
+        """
+        if not Path(path).exists():
+            raise ValueError(
+                f"there is no {path}: measure it with `python experiments/calibrate.py "
+                f"checkpoint={Path(path).parent}`, or set head_errors=null to give all heads the same budget"
+            )
+        try:
+            saved = json.loads(Path(path).read_text())
+            errors = tuple(tuple(tuple(curve) for curve in layer) for layer in saved["errors"])
+            return cls(tuple(saved["frames"]), errors, saved["weights"])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): measure it again") from error

@@ -1,0 +1,232 @@
+"""One budget, spent head by head: a budgeted policy for every group of heads that get the same share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.budget import BudgetedPolicy, budget_in_frames
+from fastar.cache.head_errors import HeadErrors, Table
+from fastar.cache.lineage import Lineage, PartOfHeads
+
+MakePolicy = Callable[..., BudgetedPolicy]
+
+
+@dataclass
+class HeadGroup:
+    """Heads of one layer with a common share, and the policy that serves them."""
+
+    layer: int
+    heads: list[int]
+    frames: float  # share of every head, in frames of slots
+    policy: BudgetedPolicy
+
+
+class HeadwiseCache(CachePolicy):
+    """Splits the budget over layers and heads by what they need, then leaves each group of heads to `policy`.
+
+    What heads need comes from `HeadErrors`, measured once for a checkpoint (experiments/calibrate.py). In a layer whose
+    heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest: budgets are
+    bytes kept, and the time of attention follows the longest head.
+
+    Args:
+        policy: makes the policy of a group, given `budget_bytes`.
+        local_policy: the same for groups of heads with room for fewer than `local_frames` frames, which look at the
+            newest ones only; None for `policy` everywhere.
+        local_frames: see `local_policy`.
+        head_errors: what heads need, or the file that says so; None gives all heads the same.
+        budget_share, budget_frames, budget_bytes, history_frames: of all heads together; see `BudgetedPolicy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: MakePolicy,
+        local_policy: MakePolicy | None = None,
+        local_frames: float = 0,
+        head_errors: HeadErrors | str | Path | None = None,
+        budget_share: float | None = None,
+        budget_frames: float | None = None,
+        budget_bytes: int | None = None,
+        history_frames: int = 192,
+    ) -> None:
+        super().__init__()
+        self.policy, self.local_policy, self.local_frames = policy, local_policy or policy, local_frames
+        self.head_errors = head_errors
+        self.budget_frames = budget_in_frames(budget_share, budget_frames, budget_bytes, history_frames)
+        self.budget_bytes = budget_bytes
+        self.groups: list[HeadGroup] = []
+        self._lineage: Lineage | None = None
+        self._arriving = torch.empty(0, 3, dtype=torch.long)  # positions of what is staged
+
+    def bind(self, spec: CacheSpec) -> None:
+        super().bind(spec)
+        try:
+            self.groups = self._make_groups()
+        except ValueError:
+            self._spec = None
+            raise
+
+    def total_budget(self) -> int:
+        """The budget in bytes."""
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        assert self.budget_frames is not None
+        return int(self.budget_frames * self.spec.dense_frame_bytes)
+
+    # -- who gets how much ---------------------------------------------------------------------------------------
+
+    def _make_groups(self) -> list[HeadGroup]:
+        spec, budget = self.spec, self.total_budget()
+        probe = self._on_paper(self.policy, 1)
+        room = budget / (spec.num_layers * spec.num_heads) - probe.extras_bytes()
+        table = self._frames(room / (probe.slot_bytes() * spec.tokens_per_frame))
+        parts = [
+            (layer, [head for head, own in enumerate(frames) if own == share], share)
+            for layer, frames in enumerate(table)
+            for share in sorted(set(frames))
+        ]
+        # Slots of several heads share what they know of their place, and local ones know less: cheaper than one's.
+        papers = [self._on_paper(self._maker(share), len(heads)) for _, heads, share in parts]
+        sizes = [
+            share * spec.tokens_per_frame * paper.slot_bytes()
+            for (_, _, share), paper in zip(parts, papers, strict=True)
+        ]
+        scale = (budget - sum(paper.extras_bytes() for paper in papers)) / sum(sizes)
+        groups = []
+        for (layer, heads, share), paper in zip(parts, papers, strict=True):
+            slots = int(share * scale * spec.tokens_per_frame)
+            own = slots * paper.slot_bytes() + paper.extras_bytes()
+            policy = self._maker(share)(budget_share=None, budget_frames=None, budget_bytes=own)
+            try:
+                policy.bind(self._spec_of(len(heads)))
+            except ValueError as error:
+                raise ValueError(
+                    f"the cache budget of {budget} bytes, split over heads, leaves {max(0, own)} for heads {heads} of "
+                    f"layer {layer}, too few: raise the budget (for these heads, {error})"
+                ) from error
+            groups.append(HeadGroup(layer, heads, share * scale, policy))
+        return groups
+
+    def _maker(self, share: float) -> MakePolicy:
+        return self.local_policy if share < self.local_frames else self.policy
+
+    def _frames(self, mean: float) -> Table:
+        spec = self.spec
+        if self.head_errors is None:
+            return [[1] * spec.num_heads for _ in range(spec.num_layers)]
+        known = self.head_errors
+        errors = known if isinstance(known, HeadErrors) else HeadErrors.load(known)
+        if errors.shape != (spec.num_layers, spec.num_heads):
+            raise ValueError(
+                f"head_errors speak of {errors.shape[0]} layers of {errors.shape[1]} heads, but the backbone has "
+                f"{spec.num_layers} of {spec.num_heads}: measure them on this backbone (experiments/calibrate.py)"
+            )
+        return errors.allot(mean)
+
+    def _spec_of(self, heads: int) -> CacheSpec:
+        return replace(self.spec, num_layers=1, num_heads=heads)
+
+    def _on_paper(self, make: MakePolicy, heads: int) -> BudgetedPolicy:
+        """A policy without memory, to ask what its slots cost."""
+        policy = make(budget_share=None, budget_frames=None, budget_bytes=self.total_budget())
+        policy.bind(replace(self._spec_of(heads), device=torch.device("meta")))
+        return policy
+
+    # -- the life of a cache -------------------------------------------------------------------------------------
+
+    def stage(self, layer: int, staged: Staged) -> None:
+        for group in self._of(layer):
+            q_raw, k_raw, k, v = (x[:, group.heads] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
+            own = Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions)
+            group.policy.stage(0, own)
+        self._arriving = staged.positions
+
+    def discard(self) -> None:
+        for group in self.groups:
+            group.policy.discard()
+
+    def commit(self, first_frame: int, num_frames: int) -> None:
+        if self._lineage is not None:
+            self._lineage.arrive(self._arriving)
+        ready = [group.policy.prepare(first_frame, num_frames) for group in self.groups]
+        for group, results in zip(self.groups, ready, strict=True):
+            group.policy.finish(results, first_frame, num_frames)
+
+    def view(self, layer: int) -> CacheView:
+        views = [(group.heads, group.policy.view(0)) for group in self._of(layer)]
+        if len(views) == 1:
+            return views[0][1]
+        longest = max((view for _, view in views), key=lambda view: view.k.shape[2])
+        shape = (self.spec.batch, self.spec.num_heads, longest.k.shape[2])
+        if longest.positions is None:
+            empty = longest.k.new_zeros(*shape, self.spec.head_dim)
+            return CacheView(empty, empty.clone(), None, None)
+        k, v = (longest.k.new_zeros(*shape, self.spec.head_dim) for _ in range(2))
+        positions = longest.positions.new_zeros(*shape, 3)
+        log_count = torch.full(shape, -torch.inf, device=k.device)
+        even = True
+        for heads, view in views:
+            size = view.k.shape[2]
+            assert view.positions is not None  # all groups take in the same commits
+            k[:, heads, :size], v[:, heads, :size] = view.k, view.v
+            positions[:, heads, :size] = view.positions
+            log_count[:, heads, :size] = 0 if view.log_count is None else view.log_count
+            even &= size == shape[2] and view.log_count is None
+        return CacheView(k, v, None if even else log_count, positions)
+
+    def drop_from(self, first_frame: int) -> None:
+        for group in self.groups:
+            group.policy.check_drop(first_frame)
+        for group in self.groups:
+            group.policy.drop_from(first_frame)
+
+    def follow(self, lineage: Lineage) -> None:
+        self._lineage = lineage
+        for group in self.groups:
+            group.policy.follow(PartOfHeads(lineage, group.layer, group.heads, self.spec.num_heads))
+
+    # -- accounting and saved state ------------------------------------------------------------------------------
+
+    def bytes_used(self) -> int:
+        return sum(group.policy.bytes_used() for group in self.groups)
+
+    def slots_used(self) -> int:
+        slots = sum(group.policy.slots_used() * len(group.heads) for group in self.groups)
+        return -(-slots // (self.spec.num_layers * self.spec.num_heads))
+
+    def capacity_bytes(self) -> int:
+        return sum(group.policy.capacity_bytes() or 0 for group in self.groups)
+
+    def working_bytes(self) -> int:
+        """Bytes allocated beyond `bytes_used`: slots reserved and not yet filled."""
+        return sum(group.policy.working_bytes() for group in self.groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            f"groups.{number}.{name}": value
+            for number, group in enumerate(self.groups)
+            for name, value in group.policy.state_dict().items()
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        before = self.state_dict()
+        try:
+            self._load(saved)
+        except ValueError:
+            self._load(before)
+            raise
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        for number, group in enumerate(self.groups):
+            start = f"groups.{number}."
+            own = {name.removeprefix(start): x for name, x in saved.items() if name.startswith(start)}
+            group.policy.load_state_dict(own)
+
+    def _of(self, layer: int) -> Iterator[HeadGroup]:
+        return (group for group in self.groups if group.layer == layer)
