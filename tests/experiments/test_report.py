@@ -45,6 +45,17 @@ def test_a_recorded_comparison_gives_the_same_report_elsewhere(tiny: Tiny, tmp_p
     assert (kept / "report" / "results.md").read_text() == (first / "results.md").read_text()
 
 
+def test_differences_are_taken_between_equal_budgets(tiny: Tiny, tmp_path: Path) -> None:
+    common = ["method=[dense,window,random]", "protocols=[B]", "seeds=2", "videos=0"]
+    for share in (0.15, 0.3):
+        compare(tiny(*common, f"budget_share={share}"))
+    report(settings(runs=tmp_path / "compare"))
+    text = (tmp_path / "compare" / "report" / "results.md").read_text()
+    for share in ("15%", "30%"):
+        part = text.split(f"paired difference to window at {share}**\n\n")[1].split("\n\n")[0]
+        assert [line.split(" | ")[0] for line in part.splitlines()[2:]] == ["| dense", "| random"]
+
+
 def test_recording_keeps_what_is_done_and_takes_what_is_new(tiny: Tiny, tmp_path: Path) -> None:
     compare(tiny("method=[dense,empty]", "protocols=[B]", "seeds=1"))
     source, kept = tmp_path / "compare", tmp_path / "kept"

@@ -165,10 +165,13 @@ def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
                 table = table.rename(columns={"line": "method"})
                 report.tables[f"{meaning}; {title}"] = table
         scored = part[part["metric"].isin(COMPARED)]
-        if baseline in set(scored["line"]) and scored["seed"].nunique() > 1:
-            stats = differences(scored, baseline=baseline, index="line", metrics=COMPARED)
-            table = pivot(stats).rename(columns={"line": "method"})
-            report.tables[f"{meaning}; paired difference to {baseline}"] = table
+        shares = sorted(scored["budget_share"].dropna().unique())
+        for share in shares or [None]:  # each budget's methods, and those that follow none
+            equal = scored if share is None else scored[scored["budget_share"].isin([share, float("nan")])]
+            if baseline in set(equal["method"]) and equal["seed"].nunique() > 1:
+                stats = differences(equal, baseline=baseline, index="method", metrics=COMPARED)
+                budget = f" at {share:.0%}" if len(shares) > 1 else ""
+                report.tables[f"{meaning}; paired difference to {baseline}{budget}"] = pivot(stats)
     for protocol, part in rows.groupby("protocol"):
         failed = failures(part, index="line").rename(columns={"line": "method"})
         if not failed.empty:
