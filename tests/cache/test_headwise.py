@@ -92,6 +92,10 @@ def test_without_measurements_all_heads_get_the_same() -> None:
         fill(policy, 12)
     assert all(views_equal(even.view(layer), plain.view(layer)) for layer in range(LAYERS))
     assert even.bytes_used() == plain.bytes_used()
+    merging = HeadwiseCache(
+        policy=INNER["tempcache"], local_policy=INNER["window"], local_frames=5, budget_frames=24
+    )
+    assert {type(group.policy) for group in bound(merging).groups} == {TempCache}  # nobody is local
 
 
 @pytest.mark.parametrize("name", INNER)
@@ -154,6 +158,8 @@ def test_a_budget_too_small_for_a_chunk_in_every_head_says_so() -> None:
     with pytest.raises(ValueError):
         bound(policy)
     assert not policy.is_bound
+    with pytest.raises(ValueError, match=r"split over heads"):
+        bound(uneven("tempcache", frames=0.1))
 
 
 def test_measurements_of_another_backbone_are_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
 from fastar.cache.budget import BudgetedPolicy, budget_in_frames
-from fastar.cache.head_errors import HeadErrors, Table
+from fastar.cache.head_errors import HeadErrors
 from fastar.cache.lineage import Lineage, PartOfHeads
 
 MakePolicy = Callable[..., BudgetedPolicy]
@@ -31,8 +31,9 @@ class HeadwiseCache(CachePolicy):
     """Splits the budget over layers and heads by what they need, then leaves each group of heads to `policy`.
 
     What heads need comes from `HeadErrors`, measured once for a checkpoint (experiments/calibrate.py). In a layer whose
-    heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest: budgets are
-    bytes kept, and the time of attention follows the longest head.
+    heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest: the budget
+    bounds the bytes that are kept, while the time of attention follows a layer's longest head. Every group calls its
+    layer 0: policies that draw lots by layer draw the same in all.
 
     Args:
         policy: makes the policy of a group, given `budget_bytes`.
@@ -102,8 +103,8 @@ class HeadwiseCache(CachePolicy):
         for (layer, heads, share), paper in zip(parts, papers, strict=True):
             slots = int(share * scale * spec.tokens_per_frame)
             own = slots * paper.slot_bytes() + paper.extras_bytes()
-            policy = self._maker(share)(budget_share=None, budget_frames=None, budget_bytes=own)
             try:
+                policy = self._maker(share)(budget_share=None, budget_frames=None, budget_bytes=own)
                 policy.bind(self._spec_of(len(heads)))
             except ValueError as error:
                 raise ValueError(
@@ -116,10 +117,11 @@ class HeadwiseCache(CachePolicy):
     def _maker(self, share: float) -> MakePolicy:
         return self.local_policy if share < self.local_frames else self.policy
 
-    def _frames(self, mean: float) -> Table:
+    def _frames(self, mean: float) -> Sequence[Sequence[float]]:
+        """Frames of every layer and head, on average `mean`."""
         spec = self.spec
         if self.head_errors is None:
-            return [[1] * spec.num_heads for _ in range(spec.num_layers)]
+            return [[mean] * spec.num_heads] * spec.num_layers
         known = self.head_errors
         errors = known if isinstance(known, HeadErrors) else HeadErrors.load(known)
         if errors.shape != (spec.num_layers, spec.num_heads):
@@ -134,7 +136,8 @@ class HeadwiseCache(CachePolicy):
 
     def _on_paper(self, make: MakePolicy, heads: int) -> BudgetedPolicy:
         """A policy without memory, to ask what its slots cost."""
-        policy = make(budget_share=None, budget_frames=None, budget_bytes=self.total_budget())
+        ample = max(self.total_budget(), 4 * self.spec.chunk_frames * self.spec.dense_frame_bytes)
+        policy = make(budget_share=None, budget_frames=None, budget_bytes=ample)
         policy.bind(replace(self._spec_of(heads), device=torch.device("meta")))
         return policy
 
