@@ -36,6 +36,12 @@ def test_frames_go_where_they_lower_the_error_most() -> None:
     assert UNEVEN.allot(100) == [[8, 24], [24, 24]]  # what lowers nothing is not bought
 
 
+def test_a_head_is_local_if_a_window_that_was_measured_leaves_little() -> None:
+    assert UNEVEN.is_local(0, 0, 4, 0.01) and not UNEVEN.is_local(0, 0, 4, 0.009)
+    assert not UNEVEN.is_local(0, 1, 8, 0.5)
+    assert not UNEVEN.is_local(0, 1, 24, 0.5)  # what lies beyond the longest window is not known
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=6, max_size=6),
@@ -80,9 +86,9 @@ def test_every_head_sees_its_own_window() -> None:
 
 
 def test_local_heads_get_the_local_policy() -> None:
-    policy = bound(uneven("tempcache", local_policy=INNER["window"], local_frames=9, frames=20))
-    kinds = {(group.layer, *group.heads): type(group.policy) for group in policy.groups}
-    assert kinds == {(0, 0): WindowCache, (0, 1): TempCache, (1, 0, 1): WindowCache}
+    policy = bound(uneven("tempcache", local_policy=INNER["window"], local_error=0.5, frames=24))
+    kinds = {(group.layer, head): type(group.policy) for group in policy.groups for head in group.heads}
+    assert [kinds.pop((0, 1)), *kinds.values()] == [TempCache, *3 * [WindowCache]]
 
 
 def test_without_measurements_all_heads_get_the_same() -> None:
@@ -93,7 +99,7 @@ def test_without_measurements_all_heads_get_the_same() -> None:
     assert all(views_equal(even.view(layer), plain.view(layer)) for layer in range(LAYERS))
     assert even.bytes_used() == plain.bytes_used()
     merging = HeadwiseCache(
-        policy=INNER["tempcache"], local_policy=INNER["window"], local_frames=5, budget_frames=24
+        policy=INNER["tempcache"], local_policy=INNER["window"], local_error=1.0, budget_frames=24
     )
     assert {type(group.policy) for group in bound(merging).groups} == {TempCache}  # nobody is local
 

@@ -68,6 +68,13 @@ class HeadErrors:
             chosen[-layer][-head] = -later
             left -= price
 
+    def is_local(self, layer: int, head: int, frames: int, tolerance: float) -> bool:
+        """Whether a window of `frames` (one of `self.frames`) leaves a head an error of at most `tolerance`.
+
+        No head is if that is the longest window that was measured: what lies beyond is not known.
+        """
+        return frames < self.frames[-1] and self.errors[layer][head][self.frames.index(frames)] <= tolerance
+
     def save(self, path: str | Path, **made: object) -> None:
         """Write as JSON, with what else is to be known about the measurement."""
         table = [[[float(f"{error:.4g}") for error in curve] for curve in layer] for layer in self.errors]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,22 @@ from fastar.cache.lineage import Lineage, PartOfHeads
 MakePolicy = Callable[..., BudgetedPolicy]
 
 
-@dataclass
-class HeadGroup:
-    """Heads of one layer with a common share, and the policy that serves them."""
+@dataclass(frozen=True)
+class Part:
+    """Heads of one layer that are to get `frames` frames of slots each, from a policy that `make` makes."""
 
     layer: int
     heads: list[int]
-    frames: float  # share of every head, in frames of slots
+    frames: float
+    make: MakePolicy
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Heads of one layer and the policy that serves them."""
+
+    layer: int
+    heads: list[int]
     policy: BudgetedPolicy
 
 
@@ -37,9 +46,8 @@ class HeadwiseCache(CachePolicy):
 
     Args:
         policy: makes the policy of a group, given `budget_bytes`.
-        local_policy: the same for groups of heads with room for fewer than `local_frames` frames, which look at the
-            newest ones only; None for `policy` everywhere.
-        local_frames: see `local_policy`.
+        local_policy: the same for heads that look at their newest frames only; None for `policy` everywhere.
+        local_error: a head is local if a window of its share leaves at most this error (`HeadErrors.is_local`).
         head_errors: what heads need, or the file that says so; None gives all heads the same.
         budget_share, budget_frames, budget_bytes, history_frames: of all heads together; see `BudgetedPolicy`.
     """
@@ -49,7 +57,7 @@ class HeadwiseCache(CachePolicy):
         *,
         policy: MakePolicy,
         local_policy: MakePolicy | None = None,
-        local_frames: float = 0,
+        local_error: float = 0.004,
         head_errors: HeadErrors | str | Path | None = None,
         budget_share: float | None = None,
         budget_frames: float | None = None,
@@ -57,7 +65,7 @@ class HeadwiseCache(CachePolicy):
         history_frames: int = 192,
     ) -> None:
         super().__init__()
-        self.policy, self.local_policy, self.local_frames = policy, local_policy or policy, local_frames
+        self.policy, self.local_policy, self.local_error = policy, local_policy or policy, local_error
         self.head_errors = head_errors
         self.budget_frames = budget_in_frames(budget_share, budget_frames, budget_bytes, history_frames)
         self.budget_bytes = budget_bytes
@@ -86,50 +94,60 @@ class HeadwiseCache(CachePolicy):
         spec, budget = self.spec, self.total_budget()
         probe = self._on_paper(self.policy, 1)
         room = budget / (spec.num_layers * spec.num_heads) - probe.extras_bytes()
-        table = self._frames(room / (probe.slot_bytes() * spec.tokens_per_frame))
-        parts = [
-            (layer, [head for head, own in enumerate(frames) if own == share], share)
-            for layer, frames in enumerate(table)
-            for share in sorted(set(frames))
-        ]
+        frames = room / (probe.slot_bytes() * spec.tokens_per_frame)
+        parts = self._divide(self._errors(), frames)
         # Slots of several heads share what they know of their place, and local ones know less: cheaper than one's.
-        papers = [self._on_paper(self._maker(share), len(heads)) for _, heads, share in parts]
+        papers = [self._on_paper(part.make, len(part.heads)) for part in parts]
         sizes = [
-            share * spec.tokens_per_frame * paper.slot_bytes()
-            for (_, _, share), paper in zip(parts, papers, strict=True)
+            part.frames * spec.tokens_per_frame * paper.slot_bytes()
+            for part, paper in zip(parts, papers, strict=True)
         ]
         scale = (budget - sum(paper.extras_bytes() for paper in papers)) / sum(sizes)
         groups = []
-        for (layer, heads, share), paper in zip(parts, papers, strict=True):
-            slots = int(share * scale * spec.tokens_per_frame)
+        for part, paper in zip(parts, papers, strict=True):
+            slots = int(part.frames * scale * spec.tokens_per_frame)
             own = slots * paper.slot_bytes() + paper.extras_bytes()
             try:
-                policy = self._maker(share)(budget_share=None, budget_frames=None, budget_bytes=own)
-                policy.bind(self._spec_of(len(heads)))
+                policy = part.make(budget_share=None, budget_frames=None, budget_bytes=own)
+                policy.bind(self._spec_of(len(part.heads)))
             except ValueError as error:
                 raise ValueError(
-                    f"the cache budget of {budget} bytes, split over heads, leaves {max(0, own)} for heads {heads} of "
-                    f"layer {layer}, too few: raise the budget (for these heads, {error})"
+                    f"the cache budget of {budget} bytes, split over heads, leaves {max(0, own)} for heads "
+                    f"{part.heads} of layer {part.layer}, too few: raise the budget (for these heads, {error})"
                 ) from error
-            groups.append(HeadGroup(layer, heads, share * scale, policy))
+            groups.append(HeadGroup(part.layer, part.heads, policy))
         return groups
 
-    def _maker(self, share: float) -> MakePolicy:
-        return self.local_policy if share < self.local_frames else self.policy
-
-    def _frames(self, mean: float) -> Sequence[Sequence[float]]:
-        """Frames of every layer and head, on average `mean`."""
-        spec = self.spec
-        if self.head_errors is None:
-            return [[mean] * spec.num_heads] * spec.num_layers
-        known = self.head_errors
-        errors = known if isinstance(known, HeadErrors) else HeadErrors.load(known)
-        if errors.shape != (spec.num_layers, spec.num_heads):
+    def _errors(self) -> HeadErrors | None:
+        """The measurements, of this many layers and heads."""
+        spec, known = self.spec, self.head_errors
+        errors = HeadErrors.load(known) if isinstance(known, str | Path) else known
+        if errors is not None and errors.shape != (spec.num_layers, spec.num_heads):
             raise ValueError(
                 f"head_errors speak of {errors.shape[0]} layers of {errors.shape[1]} heads, but the backbone has "
                 f"{spec.num_layers} of {spec.num_heads}: measure them on this backbone (experiments/calibrate.py)"
             )
-        return errors.allot(mean)
+        return errors
+
+    def _divide(self, errors: HeadErrors | None, mean: float) -> list[Part]:
+        """Heads of a layer that get the same number of frames (`mean` on average) and the same policy."""
+        spec = self.spec
+        if errors is None:
+            return [
+                Part(layer, list(range(spec.num_heads)), mean, self.policy)
+                for layer in range(spec.num_layers)
+            ]
+        parts = []
+        for layer, row in enumerate(errors.allot(mean)):
+            kinds: dict[tuple[int, bool], list[int]] = {}
+            for head, frames in enumerate(row):
+                local = errors.is_local(layer, head, frames, self.local_error)
+                kinds.setdefault((frames, local), []).append(head)
+            parts += [
+                Part(layer, heads, frames, self.local_policy if local else self.policy)
+                for (frames, local), heads in sorted(kinds.items())
+            ]
+        return parts
 
     def _spec_of(self, heads: int) -> CacheSpec:
         return replace(self.spec, num_layers=1, num_heads=heads)
