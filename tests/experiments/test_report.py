@@ -54,6 +54,10 @@ def test_differences_are_taken_between_equal_budgets(tiny: Tiny, tmp_path: Path)
     for share in ("15%", "30%"):
         part = text.split(f"paired difference to window at {share}**\n\n")[1].split("\n\n")[0]
         assert [line.split(" | ")[0] for line in part.splitlines()[2:]] == ["| dense", "| random"]
+    pages = {path.name: path.read_text() for path in (tmp_path / "compare" / "report").glob("*_B*.md")}
+    assert set(pages) == {"summary_B.md", "summary_B_30.md", "differences_B.md", "differences_B_30.md"}
+    assert "Protocol B; paired differences to window, mean" in pages["differences_B.md"]
+    assert len({page.splitlines()[3] for page in pages.values()}) == 4
 
 
 def test_recording_keeps_what_is_done_and_takes_what_is_new(tiny: Tiny, tmp_path: Path) -> None:

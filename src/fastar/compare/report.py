@@ -97,12 +97,12 @@ def write_report(
     rows = pd.concat([rows, _at_end(rows)], ignore_index=True)
     report = Report(folder, caption=describe(known))
     _add_tables(report, rows, baseline)
-    here = rows[rows["budget_share"].isna() | (rows["budget_share"] == budget_share)]
+    here = _at_budget(rows, budget_share)
     colours = colours_of(methods)
     _add_plots(report, rows, here, colours)
     _add_videos(report, known, methods, seed, budget_share)
     _save_tables(report, rows)
-    _save_summaries(report, here)
+    _save_summaries(report, rows, budget_share, baseline)
     return report
 
 
@@ -167,7 +167,7 @@ def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
         scored = part[part["metric"].isin(COMPARED)]
         shares = sorted(scored["budget_share"].dropna().unique())
         for share in shares or [None]:  # each budget's methods, and those that follow none
-            equal = scored if share is None else scored[scored["budget_share"].isin([share, float("nan")])]
+            equal = scored if share is None else _at_budget(scored, share)
             if baseline in set(equal["method"]) and equal["seed"].nunique() > 1:
                 stats = differences(equal, baseline=baseline, index="method", metrics=COMPARED)
                 budget = f" at {share:.0%}" if len(shares) > 1 else ""
@@ -195,13 +195,33 @@ def _save_tables(report: Report, rows: pd.DataFrame) -> None:
     stats.to_csv(report.folder / "results.csv", index=False)
 
 
-def _save_summaries(report: Report, here: pd.DataFrame) -> None:
-    """A few columns a protocol, at one budget, for a page to include: summary_A.md and so on."""
-    for protocol, _, part in _protocols(here):
-        stats = spread(part, metrics=SUMMARY)
-        if not stats.empty:
-            text = f"{to_markdown(pivot(stats))}\nProtocol {protocol}; {report.caption}.\n"
-            (report.folder / f"summary_{protocol}.md").write_text(text)
+def _save_summaries(report: Report, rows: pd.DataFrame, budget_share: float, baseline: str) -> None:
+    """For a page to include: a few columns a protocol, and paired differences, at every budget.
+
+    summary_A.md and differences_A.md are at `budget_share`, summary_A_5.md at 5 %, and so on.
+    """
+    for protocol, _, part in _protocols(rows):
+        for share in {budget_share, *part["budget_share"].dropna()}:
+            here = _at_budget(part, share)
+            name = protocol if share == budget_share else f"{protocol}_{100 * share:g}"
+            tables = {"summary": spread(here, metrics=SUMMARY)}
+            if baseline in set(here["method"]) and here["seed"].nunique() > 1:
+                scored = here[here["metric"].isin(COMPARED)]
+                tables["differences"] = differences(scored, baseline=baseline, metrics=COMPARED)
+            note = {
+                "summary": f"Protocol {protocol}; {report.caption}.",
+                "differences": f"Protocol {protocol}; paired differences to {baseline}, mean over seeds and 95 % "
+                "bootstrap interval.",
+            }
+            for kind, stats in tables.items():
+                if not stats.empty:
+                    text = f"{to_markdown(pivot(stats))}\n{note[kind]}\n"
+                    (report.folder / f"{kind}_{name}.md").write_text(text)
+
+
+def _at_budget(rows: pd.DataFrame, share: float) -> pd.DataFrame:
+    """Rows of methods with that budget, and of those that follow none."""
+    return rows[rows["budget_share"].isna() | (rows["budget_share"] == share)]
 
 
 def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: Mapping[str, str]) -> None:
