@@ -227,7 +227,7 @@ def _at_budget(rows: pd.DataFrame, share: float) -> pd.DataFrame:
 def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: Mapping[str, str]) -> None:
     free = here[here["protocol"] == "C"]
     times = free[free["metric"] == "chunk_s"]
-    if times["frame"].nunique() > 1:
+    if times["frame"].nunique() > 1 and "C" in {letter for letter, *_ in _protocols(rows)}:
         chunk = int(times["frame"].drop_duplicates().sort_values().diff().min())
         rates = times.assign(metric="fps", value=chunk / times["value"])
         for name, table, metric in (("fps_frames", rates, "fps"), ("memory_frames", free, "cache_bytes")):
