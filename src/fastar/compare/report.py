@@ -205,8 +205,8 @@ def _save_summaries(report: Report, rows: pd.DataFrame, budget_share: float, bas
             here = _at_budget(part, share)
             name = protocol if share == budget_share else f"{protocol}_{100 * share:g}"
             tables = {"summary": spread(here, metrics=SUMMARY)}
-            if baseline in set(here["method"]) and here["seed"].nunique() > 1:
-                scored = here[here["metric"].isin(COMPARED)]
+            scored = here[here["metric"].isin(COMPARED)]
+            if baseline in set(scored["method"]) and scored["seed"].nunique() > 1:
                 tables["differences"] = differences(scored, baseline=baseline, metrics=COMPARED)
             note = {
                 "summary": f"Protocol {protocol}; {report.caption}.",
