@@ -13,12 +13,14 @@ from omegaconf import DictConfig
 
 from fastar.cache import HeadErrors
 from fastar.compare.clips import load_clips
-from fastar.compare.command import clear_errors, progress_bar, wide_console
+from fastar.compare.command import check_writable, clear_errors, progress_bar, wide_console
 from fastar.compare.session import open_session
 from fastar.metrics.forgetting import ForgettingProbe
 from fastar.results.card import made_with
 from fastar.results.files import atomic
 from fastar.rollout.method import Method
+
+SHOWN = 8  # heads that are told of, those that need the past most
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="calibrate")
@@ -31,6 +33,7 @@ def main(config: DictConfig) -> None:
 @torch.inference_mode()
 def calibrate(config: DictConfig) -> HeadErrors:
     """The errors of all heads, also written to `output`."""
+    check_writable(Path(config.output).parent, "output")
     session, console = open_session(config), wide_console()
     transformer, layers = session.backbone.transformer, session.backbone.config.transformer.num_layers
     probe = ForgettingProbe(
@@ -58,6 +61,8 @@ def calibrate(config: DictConfig) -> HeadErrors:
     made = made_with(session.weights, session.loop.timesteps, session.device)
     with atomic(Path(config.output)) as part:
         errors.save(part, made=made, settings={name: config[name] for name in named})
+    for share, layer, head in errors.shares()[:SHOWN]:
+        console.print(f"layer {layer}, head {head}: {share:.1%} of the error that forgetting makes")
     console.print(f"written: {config.output}", highlight=False, soft_wrap=True)
     return errors
 

@@ -73,3 +73,12 @@ def test_a_missing_measurement_ends_the_command_with_one_sentence(tmp_path: Path
     )  # fmt: skip
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
     assert "measure it with `python experiments/calibrate.py" in ended.stderr
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = command(
+        "calibrate.py", "backbone=tiny", "checkpoint=random", f"output={tmp_path}/file/errors.json"
+    )
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "cannot write to" in ended.stderr and "with output=..." in ended.stderr

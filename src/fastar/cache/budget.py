@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Unpack
 
+from fastar.cache.base import CacheSpec
 from fastar.cache.policy import SlotOptions, SlotPolicy
 
 
@@ -16,30 +18,49 @@ class BudgetOptions(SlotOptions, total=False):
     history_frames: int
 
 
-def budget_in_frames(
-    share: float | None, frames: float | None, total_bytes: int | None, history_frames: int
-) -> float | None:
-    """The budget in dense frames; None if it was given in bytes. Exactly one of the three is to be given."""
-    given = [budget for budget in (share, frames, total_bytes) if budget is not None]
-    if len(given) != 1 or given[0] <= 0:
-        raise ValueError(
-            "give exactly one positive budget: budget_share, budget_frames or budget_bytes; got "
-            f"{share}, {frames} and {total_bytes}"
-        )
-    return frames if share is None else share * history_frames
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes for the kept past of all layers, batch elements and heads; exactly one of the first three is to be given.
+
+    Attributes:
+        budget_share: share of the bytes that a dense bfloat16 cache of `history_frames` latent frames takes.
+        budget_frames: bytes of that many dense bfloat16 latent frames (need not be whole).
+        budget_bytes: bytes.
+        history_frames: what `budget_share` is a share of.
+    """
+
+    budget_share: float | None = None
+    budget_frames: float | None = None
+    budget_bytes: int | None = None
+    history_frames: int = 192
+
+    def __post_init__(self) -> None:
+        ways = (self.budget_share, self.budget_frames, self.budget_bytes)
+        given = [way for way in ways if way is not None]
+        if len(given) != 1 or given[0] <= 0:
+            raise ValueError(
+                "give exactly one positive budget: budget_share, budget_frames or budget_bytes; got "
+                f"{self.budget_share}, {self.budget_frames} and {self.budget_bytes}"
+            )
+
+    def total(self, spec: CacheSpec) -> int:
+        """The budget in bytes."""
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        frames = self.budget_frames
+        if frames is None:
+            assert self.budget_share is not None
+            frames = self.budget_share * self.history_frames
+        return int(frames * spec.dense_frame_bytes)
 
 
 class BudgetedPolicy(SlotPolicy):
     """A policy with a fixed number of slots, the most that its budget can hold with all metadata.
 
-    Exactly one way of giving the budget is to be used. It covers all layers, batch elements and heads, and the kept
-    past only: the chunk that is being generated is not part of it.
+    The chunk that is being generated is not part of the budget.
 
     Args:
-        budget_share: share of the bytes that a dense bfloat16 cache of `history_frames` latent frames takes.
-        budget_frames: bytes of that many dense bfloat16 latent frames (need not be whole).
-        budget_bytes: bytes.
-        history_frames: what `budget_share` is a share of.
+        budget_share, budget_frames, budget_bytes, history_frames: see `Budget`.
         slots: slot_bits, storage, quant_group: see `SlotPolicy`.
     """
 
@@ -53,16 +74,17 @@ class BudgetedPolicy(SlotPolicy):
         **slots: Unpack[SlotOptions],
     ) -> None:
         super().__init__(**slots)
-        self.budget_frames = budget_in_frames(budget_share, budget_frames, budget_bytes, history_frames)
-        self.budget_bytes = budget_bytes
+        self.budget = Budget(
+            budget_share=budget_share,
+            budget_frames=budget_frames,
+            budget_bytes=budget_bytes,
+            history_frames=history_frames,
+        )
         self._capacity = 0
 
     def total_budget(self) -> int:
         """The budget in bytes."""
-        if self.budget_bytes is not None:
-            return self.budget_bytes
-        assert self.budget_frames is not None
-        return int(self.budget_frames * self.spec.dense_frame_bytes)
+        return self.budget.total(self.spec)
 
     def reserved_slots(self) -> int:
         """Slots that the policy promises to leave untouched (sink, recent), beyond which it needs room to work."""

@@ -7,6 +7,7 @@ experiments/calibrate.py). A budget that knows this is spent where it matters (A
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,9 @@ class HeadErrors:
         rising = all(a < b for a, b in zip(self.frames, self.frames[1:], strict=False))
         if not self.frames or self.frames[0] < 1 or not rising:
             raise ValueError(f"frames must be ascending positive numbers, got {list(self.frames)}")
+        flat = [error for layer in self.errors for curve in layer for error in curve]
+        if not all(0 <= error < math.inf for error in flat):
+            raise ValueError("errors must be finite and not negative")
         if any(len(curve) != len(self.frames) for layer in self.errors for curve in layer):
             raise ValueError(f"every head needs {len(self.frames)} errors, one for each number of frames")
         if len({len(layer) for layer in self.errors}) != 1:
@@ -67,6 +71,13 @@ class HeadErrors:
             _, layer, head, later, price = max(offers)
             chosen[-layer][-head] = -later
             left -= price
+
+    def shares(self) -> list[tuple[float, int, int]]:
+        """(share, layer, head) of the sum of errors that the fewest frames make, largest first."""
+        total = sum(curve[0] for layer in self.errors for curve in layer)
+        heads = [(layer, head) for layer in range(self.shape[0]) for head in range(self.shape[1])]
+        shares = [(self.errors[layer][head][0] / total, layer, head) for layer, head in heads]
+        return sorted(shares, key=lambda share: -share[0])
 
     def is_local(self, layer: int, head: int, frames: int, tolerance: float) -> bool:
         """Whether a window of `frames` (one of `self.frames`) leaves a head an error of at most `tolerance`.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
-from fastar.cache.budget import BudgetedPolicy, budget_in_frames
+from fastar.cache.budget import Budget, BudgetedPolicy
 from fastar.cache.head_errors import HeadErrors
 from fastar.cache.lineage import Lineage, PartOfHeads
 
@@ -49,7 +49,7 @@ class HeadwiseCache(CachePolicy):
         local_policy: the same for heads that look at their newest frames only; None for `policy` everywhere.
         local_error: a head is local if a window of its share leaves at most this error (`HeadErrors.is_local`).
         head_errors: what heads need, or the file that says so; None gives all heads the same.
-        budget_share, budget_frames, budget_bytes, history_frames: of all heads together; see `BudgetedPolicy`.
+        budget_share, budget_frames, budget_bytes, history_frames: of all heads together; see `Budget`.
     """
 
     def __init__(
@@ -67,11 +67,13 @@ class HeadwiseCache(CachePolicy):
         super().__init__()
         self.policy, self.local_policy, self.local_error = policy, local_policy or policy, local_error
         self.head_errors = head_errors
-        self.budget_frames = budget_in_frames(budget_share, budget_frames, budget_bytes, history_frames)
-        self.budget_bytes = budget_bytes
+        self.budget = Budget(
+            budget_share=budget_share,
+            budget_frames=budget_frames,
+            budget_bytes=budget_bytes,
+            history_frames=history_frames,
+        )
         self.groups: list[HeadGroup] = []
-        self._lineage: Lineage | None = None
-        self._arriving = torch.empty(0, 3, dtype=torch.long)  # positions of what is staged
 
     def bind(self, spec: CacheSpec) -> None:
         super().bind(spec)
@@ -83,10 +85,7 @@ class HeadwiseCache(CachePolicy):
 
     def total_budget(self) -> int:
         """The budget in bytes."""
-        if self.budget_bytes is not None:
-            return self.budget_bytes
-        assert self.budget_frames is not None
-        return int(self.budget_frames * self.spec.dense_frame_bytes)
+        return self.budget.total(self.spec)
 
     # -- who gets how much ---------------------------------------------------------------------------------------
 
@@ -166,15 +165,12 @@ class HeadwiseCache(CachePolicy):
             q_raw, k_raw, k, v = (x[:, group.heads] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
             own = Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions)
             group.policy.stage(0, own)
-        self._arriving = staged.positions
 
     def discard(self) -> None:
         for group in self.groups:
             group.policy.discard()
 
     def commit(self, first_frame: int, num_frames: int) -> None:
-        if self._lineage is not None:
-            self._lineage.arrive(self._arriving)
         ready = [group.policy.prepare(first_frame, num_frames) for group in self.groups]
         for group, results in zip(self.groups, ready, strict=True):
             group.policy.finish(results, first_frame, num_frames)
@@ -208,9 +204,9 @@ class HeadwiseCache(CachePolicy):
             group.policy.drop_from(first_frame)
 
     def follow(self, lineage: Lineage) -> None:
-        self._lineage = lineage
-        for group in self.groups:
-            group.policy.follow(PartOfHeads(lineage, group.layer, group.heads, self.spec.num_heads))
+        for number, group in enumerate(self.groups):
+            part = PartOfHeads(lineage, group.layer, group.heads, self.spec.num_heads, leads=number == 0)
+            group.policy.follow(part)
 
     # -- accounting and saved state ------------------------------------------------------------------------------
 
@@ -223,10 +219,6 @@ class HeadwiseCache(CachePolicy):
 
     def capacity_bytes(self) -> int:
         return sum(group.policy.capacity_bytes() or 0 for group in self.groups)
-
-    def working_bytes(self) -> int:
-        """Bytes allocated beyond `bytes_used`: slots reserved and not yet filled."""
-        return sum(group.policy.working_bytes() for group in self.groups)
 
     def state_dict(self) -> dict[str, Any]:
         return {

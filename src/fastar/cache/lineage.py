@@ -86,14 +86,19 @@ class Lineage:
 class PartOfHeads:
     """What a policy that serves some heads of one layer reports to, as its layer 0, in place of the whole `lineage`.
 
-    Arrivals are told to the whole by whoever divides the heads.
+    All parts see the same tokens arrive: the one that `leads`, the first to commit, tells the whole.
     """
 
-    def __init__(self, lineage: Lineage, layer: int, heads: Sequence[int], num_heads: int) -> None:
+    def __init__(
+        self, lineage: Lineage, layer: int, heads: Sequence[int], num_heads: int, *, leads: bool
+    ) -> None:
         self.lineage, self.layer, self.heads, self.num_heads = lineage, layer, list(heads), num_heads
+        self.leads = leads
 
     def arrive(self, positions: Tensor) -> None:
-        """Known already."""
+        """`Lineage.arrive`, once for all parts."""
+        if self.leads:
+            self.lineage.arrive(positions)
 
     def merge(self, layer: int, before: Tensor, after: Tensor, root: Tensor) -> None:
         """`Lineage.merge` for these heads; in the others every slot stays what it is."""

@@ -47,8 +47,8 @@ def check_choices(arguments: Sequence[str], folder: Path) -> None:
             raise SystemExit(f"error: unknown {group} '{unknown[0]}': choose from {', '.join(choices)}")
 
 
-def check_writable(folder: Path) -> None:
-    """Make `folder`; ValueError if nothing can be written there."""
+def check_writable(folder: Path, setting: str = "paths.outputs") -> None:
+    """Make `folder`, which `setting` names; ValueError if nothing can be written there."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,5 +57,5 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"cannot write to {folder} ({reason}): choose another folder with paths.outputs=..."
+            f"cannot write to {folder} ({reason}): choose another place with {setting}=..."
         ) from error

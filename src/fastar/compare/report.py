@@ -1,6 +1,7 @@
 """What a comparison found, from the store: tables with spread, plots, videos side by side. Nothing is computed anew."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,17 +126,17 @@ def _span(seeds: Sequence[int]) -> str:
 
 
 def describe(runs: Sequence[Path]) -> str:
-    """One line on backbone, weights, lengths and hardware of runs that share them."""
+    """One line on backbone, weights, lengths and hardware of runs that share them, and the commits that made them."""
     summaries = [summary for run in runs if (summary := read_summary(run)) is not None]
     first, config = summaries[-1], summaries[-1]["config"]
     made = first["environment"]
     seeds = {seed for s in summaries for seed in (s["seed"] if isinstance(s["seed"], list) else [s["seed"]])}
-    commit = (made.get("git") or {}).get("commit") or "unknown"
+    commits = {str((s["environment"].get("git") or {}).get("commit") or "unknown")[:8] for s in summaries}
     return (
         f"backbone {first['labels']['backbone']}, checkpoint {str(first['checkpoint_sha256'])[:8]}, "
         f"{config['frames']} frames generated after {config['prefill_frames']} true ones ({config['source']}), "
         f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, batch {config['batch']}, {config['dtype']}, "
-        f"{made['device']}, {made['threads']} threads, torch {made['packages'].get('torch')}, code {commit[:8]}"
+        f"{made['device']}, {made['threads']} threads, torch {made['packages'].get('torch')}, code {', '.join(sorted(commits))}"
     )
 
 
@@ -164,14 +165,12 @@ def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
                 table = pivot(stats).sort_values("line", key=lambda lines: lines.map(order))
                 table = table.rename(columns={"line": "method"})
                 report.tables[f"{meaning}; {title}"] = table
-        scored = part[part["metric"].isin(COMPARED)]
-        shares = sorted(scored["budget_share"].dropna().unique())
-        for share in shares or [None]:  # each budget's methods, and those that follow none
-            equal = scored if share is None else _at_budget(scored, share)
-            if baseline in set(equal["method"]) and equal["seed"].nunique() > 1:
-                stats = differences(equal, baseline=baseline, index="method", metrics=COMPARED)
+        shares = sorted(part["budget_share"].dropna().unique())
+        for share in shares or [math.nan]:
+            table = _paired(_at_budget(part, share), baseline)
+            if table is not None:
                 budget = f" at {share:.0%}" if len(shares) > 1 else ""
-                report.tables[f"{meaning}; paired difference to {baseline}{budget}"] = pivot(stats)
+                report.tables[f"{meaning}; paired difference to {baseline}{budget}"] = table
     for protocol, part in rows.groupby("protocol"):
         failed = failures(part, index="line").rename(columns={"line": "method"})
         if not failed.empty:
@@ -204,19 +203,22 @@ def _save_summaries(report: Report, rows: pd.DataFrame, budget_share: float, bas
         for share in {budget_share, *part["budget_share"].dropna()}:
             here = _at_budget(part, share)
             name = protocol if share == budget_share else f"{protocol}_{100 * share:g}"
-            tables = {"summary": spread(here, metrics=SUMMARY)}
-            scored = here[here["metric"].isin(COMPARED)]
-            if baseline in set(scored["method"]) and scored["seed"].nunique() > 1:
-                tables["differences"] = differences(scored, baseline=baseline, metrics=COMPARED)
-            note = {
-                "summary": f"Protocol {protocol}; {report.caption}.",
-                "differences": f"Protocol {protocol}; paired differences to {baseline}, mean over seeds and 95 % "
-                "bootstrap interval.",
-            }
-            for kind, stats in tables.items():
-                if not stats.empty:
-                    text = f"{to_markdown(pivot(stats))}\n{note[kind]}\n"
-                    (report.folder / f"{kind}_{name}.md").write_text(text)
+            stats, paired = spread(here, metrics=SUMMARY), _paired(here, baseline)
+            if not stats.empty:
+                text = f"{to_markdown(pivot(stats))}\nProtocol {protocol}; {report.caption}.\n"
+                (report.folder / f"summary_{name}.md").write_text(text)
+            if paired is not None:
+                note = f"paired differences to {baseline}, mean over seeds and 95 % bootstrap interval."
+                text = f"{to_markdown(paired)}\nProtocol {protocol}; {note}\n"
+                (report.folder / f"differences_{name}.md").write_text(text)
+
+
+def _paired(rows: pd.DataFrame, baseline: str) -> pd.DataFrame | None:
+    """Table of every method's paired differences to `baseline`; None if that has no scores, or on one seed only."""
+    scored = rows[rows["metric"].isin(COMPARED)]
+    if baseline not in set(scored["method"]) or scored["seed"].nunique() < 2:
+        return None
+    return pivot(differences(scored, baseline=baseline, metrics=COMPARED))
 
 
 def _at_budget(rows: pd.DataFrame, share: float) -> pd.DataFrame:

@@ -69,5 +69,5 @@ class ForgettingProbe:
             part = slice(start, stop)
             total = total + mass[..., part].sum(-1, keepdim=True)
             weighted = weighted + mass[..., part] @ value[:, :, part]
-            seen.append(weighted / total.clamp_min(torch.finfo(total.dtype).tiny))
+            seen.append(weighted / total)
         return torch.stack(seen)
