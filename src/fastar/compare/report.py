@@ -132,11 +132,12 @@ def describe(runs: Sequence[Path]) -> str:
     made = first["environment"]
     seeds = {seed for s in summaries for seed in (s["seed"] if isinstance(s["seed"], list) else [s["seed"]])}
     commits = {str((s["environment"].get("git") or {}).get("commit") or "unknown")[:8] for s in summaries}
+    code = ", ".join(sorted(commits))
     return (
         f"backbone {first['labels']['backbone']}, checkpoint {str(first['checkpoint_sha256'])[:8]}, "
         f"{config['frames']} frames generated after {config['prefill_frames']} true ones ({config['source']}), "
         f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, batch {config['batch']}, {config['dtype']}, "
-        f"{made['device']}, {made['threads']} threads, torch {made['packages'].get('torch')}, code {', '.join(sorted(commits))}"
+        f"{made['device']}, {made['threads']} threads, torch {made['packages'].get('torch')}, code {code}"
     )
 
 
