@@ -127,6 +127,24 @@ def test_a_batch_is_the_same_videos(tiny: Tiny, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.gpu
+def test_every_method_runs_on_a_gpu_as_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None:
+    names = [path.stem for path in sorted((ROOT / "conf/method").glob("*.yaml"))]
+    found = {}
+    for place in ("cpu", "cuda"):
+        run(tiny(f"method=[{','.join(names)}]", "protocols=[A,B,C]", f"device={place}", f"name={place}"))
+        rows = load(tmp_path / place)
+        assert not (rows["metric"] == FAILURE).any(), place
+        found[place] = rows.set_index(["method", "protocol", "metric", "chunk", "seed"])["value"].sort_index()
+    for metric in ("cache_bytes", "cache_slots"):
+        cpu, cuda = (found[place].xs(metric, level="metric") for place in ("cpu", "cuda"))
+        assert len(cpu) and cpu.equals(cuda), metric
+    # what merging and drawing lots decide may turn on rounding
+    for method in ("empty", "window", "int4_window"):
+        cpu, cuda = (found[place].loc[(method, "B", "psnr")] for place in ("cpu", "cuda"))
+        assert cuda.to_numpy() == pytest.approx(cpu.to_numpy(), abs=0.1), method
+
+
 @pytest.mark.parametrize("protocol", ["A", "B", "C"])
 def test_a_failing_method_is_a_row_and_the_others_go_on(tiny: Tiny, tmp_path: Path, protocol: str) -> None:
     config = tiny(
@@ -189,7 +207,7 @@ def test_unknown_method_names_the_choices(capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_error_ends_the_command_with_one_line(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    sentence = r"^error: cannot write to .*: choose another folder with paths\.outputs=\.\.\.$"
+    sentence = r"^error: cannot write to .*: choose another place with paths\.outputs=\.\.\.$"
     with pytest.raises(SystemExit, match=sentence), clear_errors():
         compare(tiny(f"paths.outputs={tmp_path}/file"))
     with pytest.raises(SystemExit, match="the same command goes on"), clear_errors():

@@ -229,7 +229,7 @@ def test_an_unreadable_lock_is_left_alone(tmp_path: Path) -> None:
 def test_unwritable_folder_is_one_clear_sentence(tmp_path: Path) -> None:
     (tmp_path / "outputs").write_text("a file, not a folder")
     with pytest.raises(
-        ValueError, match=r"cannot write to .*demo.*: choose another folder with paths\.outputs"
+        ValueError, match=r"cannot write to .*demo.*: choose another place with paths\.outputs"
     ):
         opened(tmp_path / "outputs")
 

@@ -131,7 +131,7 @@ class Run:
         except OSError as error:
             reason = error.strerror or str(error)
             raise ValueError(
-                f"cannot write to {folder} ({reason}): choose another folder with paths.outputs=..."
+                f"cannot write to {folder} ({reason}): choose another place with paths.outputs=..."
             ) from error
         try:
             self._begin(summary, over)
