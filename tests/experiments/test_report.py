@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hydra import compose
 from omegaconf import DictConfig
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 from experiments.compare import compare
 from experiments.report import report
 from fastar.compare.command import clear_errors
+from fastar.compare.report import minus_dense
 from fastar.results import load_runs
 from fastar.results.record import record_runs
 from tests.experiments.conftest import command
@@ -58,6 +60,18 @@ def test_differences_are_taken_between_equal_budgets(tiny: Tiny, tmp_path: Path)
     assert set(pages) == {"summary_B.md", "summary_B_30.md", "differences_B.md", "differences_B_30.md"}
     assert "Protocol B; paired differences to window, mean" in pages["differences_B.md"]
     assert len({page.splitlines()[3] for page in pages.values()}) == 4
+
+
+def test_the_gap_to_dense_is_taken_seed_by_seed() -> None:
+    columns = ["method", "metric", "seed", "value"]
+    scores = [("dense", 20.0), ("dense", 30.0), ("window", 19.0), ("window", 29.0)]
+    rows = pd.DataFrame(
+        [(method, "revisit_psnr", seed, value) for seed, (method, value) in zip((0, 1, 0, 1), scores, strict=True)]
+        + [("window", "cache_bytes/end", 0, 7.0)],
+        columns=columns,
+    )  # fmt: skip
+    gaps = minus_dense(rows, "revisit_psnr")
+    assert gaps["method"].unique().tolist() == ["window"] and gaps["value"].tolist() == [-1.0, -1.0, 7.0]
 
 
 def test_recording_keeps_what_is_done_and_takes_what_is_new(tiny: Tiny, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_summary_records_how_it_was_made_and_no_machine(tmp_path: Path) -> None:
 
 
 def test_git_state_tells_commit_and_changes(tmp_path: Path) -> None:
-    from fastar.results.provenance import git_state
+    from fastar.results.provenance import code_of, git_state
 
     assert git_state(tmp_path) is None
     commands = ["init -q", "add a.py", "-c user.name=a -c user.email=a@b commit -qm one"]
@@ -258,6 +258,9 @@ def test_git_state_tells_commit_and_changes(tmp_path: Path) -> None:
     state = git_state(tmp_path)
     assert state is not None and len(state["commit"]) == 40 and not state["dirty"]
     (tmp_path / "a.py").write_text("2")
-    assert (git_state(tmp_path) or {})["dirty"]
+    assert state is not None and code_of({"git": state}) == state["commit"][:8]
+    changed = git_state(tmp_path)
+    assert changed and changed["dirty"] and code_of({"git": changed}) == f"{changed['commit'][:8]}+"
+    assert code_of({"git": None}) == "unknown"
     (tmp_path / "ignored").mkdir()
     assert git_state(tmp_path / "ignored") is None, "an untracked folder is not this checkout's code"

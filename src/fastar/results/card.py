@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fastar.results.provenance import environment
+from fastar.results.provenance import code_of, environment
 from fastar.results.tables import to_markdown
 
 Row = Mapping[str, Any]
@@ -76,11 +76,10 @@ def evaluation_page(rows: Sequence[Row]) -> str:
 def made_with(checkpoint: str | None, timesteps: Sequence[float], device: torch.device) -> str:
     """Weights, sampler, machine, code and day, in one line."""
     made = environment(device=device)
-    commit = (made["git"] or {}).get("commit") or "unknown"
     steps = ", ".join(f"{step:g}" for step in timesteps)
     return (
         f"checkpoint {str(checkpoint)[:8]}, timesteps {steps}, {made['device']}, "
-        f"torch {made['packages'].get('torch')}, code {commit[:8]}, {made['time'][:10]}"
+        f"torch {made['packages'].get('torch')}, code {code_of(made)}, {made['time'][:10]}"
     )
 
 

@@ -74,10 +74,12 @@ def plot_frontier(
     units: Sequence[str] = UNITS,
     colours: Mapping[str, str] | None = None,
     title: str | None = None,
+    label: str | None = None,
 ) -> Path:
     """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`.
 
-    Costs over a wide range get a logarithmic axis; what costs nothing is a dotted line across the picture then.
+    `label` stands beside the axis of `quality` in place of its name. Costs over a wide range get a logarithmic axis;
+    what costs nothing is a dotted line across the picture then.
     """
     keys = [index] if setting is None else [index, setting]
     stats = spread(rows, index=keys, metrics=[cost, quality], units=units)
@@ -88,6 +90,8 @@ def plot_frontier(
     if points.empty:
         raise ValueError(f"no {index} has both {cost} and {quality}")
     figure, axes = _figure(quality, title)
+    if label is not None:
+        axes.set_ylabel(label)
     colours = colours or colours_of([str(line) for line in points[index].unique()])
     paid = points.loc[points["cost"] > 0, "cost"]
     if wide := len(paid) > 0 and paid.max() > WIDE * paid.min():

@@ -6,7 +6,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,6 +73,12 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     commit = _git(folder, "rev-parse", "HEAD")
     status = _git(folder, "status", "--porcelain", ":/")
     return None if commit is None or status is None else {"commit": commit, "dirty": bool(status)}
+
+
+def code_of(made: Mapping[str, Any]) -> str:
+    """The code behind an `environment`, in few characters: its commit, marked + if files differed from it."""
+    git = made.get("git") or {}
+    return str(git.get("commit") or "unknown")[:8] + ("+" if git.get("dirty") else "")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
