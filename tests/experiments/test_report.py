@@ -107,6 +107,17 @@ def test_runs_that_are_not_there_or_not_finished(tiny: Tiny, tmp_path: Path) -> 
         report(settings(runs=tmp_path / "nowhere"))
 
 
+def test_runs_that_say_nothing_together_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    for frames in (8, 12):
+        compare(tiny("method=[dense]", "protocols=[C]", "videos=0", f"frames={frames}", f"name=of_{frames}"))
+    report(settings(runs=tmp_path / "of_8"))
+    with pytest.raises(
+        ValueError, match=r"these runs differ in frames \(12 and 8\): report on each kind by itself"
+    ):
+        report(settings(runs=f"[{tmp_path}/of_8,{tmp_path}/of_12]", output=tmp_path / "both"))
+    assert not list((tmp_path / "both").iterdir())
+
+
 def test_a_batch_that_fails_is_one_short_line(tiny: Tiny, tmp_path: Path) -> None:
     quick = ["protocols=[B]", "methods.window.cache.budget_share=0.01", "frames=8", "videos=0"]
     compare(tiny("method=[dense,window,empty]", "seeds=[4,5,6]", "batch=3", *quick))

@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from fastar.compare.caption import check_alike, describe, span
 from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
 from fastar.results import load
 from fastar.results.files import read_summary, write_json
 from fastar.results.plots import colours_of, plot_curves, plot_frontier
-from fastar.results.provenance import code_of
 from fastar.results.sinks import Sink
 from fastar.results.tables import differences, failures, pivot, spread, to_markdown, to_rich
 
@@ -86,6 +86,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = _remember(folder, runs) if remember else list(runs)
+    check_alike(known)
     rows = per_seed(load(known))
     if "budget_share" not in rows:
         rows["budget_share"] = float("nan")
@@ -114,31 +115,10 @@ def per_seed(rows: pd.DataFrame) -> pd.DataFrame:
     def own(seed: int | tuple[int, ...], clip: Any) -> int | str:
         if not isinstance(seed, tuple):
             return seed
-        return _span(seed) if pd.isna(clip) else seed[clip]  # a time, say, is of the whole batch
+        return span(seed) if pd.isna(clip) else seed[clip]  # a time, say, is of the whole batch
 
     seeds = [own(seed, clip) for seed, clip in zip(rows["seed"], rows["clip"], strict=True)]
     return rows.assign(seed=pd.Series(seeds, index=rows.index, dtype=object), clip=pd.NA)
-
-
-def _span(seeds: Sequence[int]) -> str:
-    """Seeds of a batch in few characters: 0-19 for twenty in a row."""
-    in_a_row = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
-    return f"{seeds[0]}-{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))
-
-
-def describe(runs: Sequence[Path]) -> str:
-    """One line on backbone, weights, lengths and hardware of runs that share them, and the commits that made them."""
-    summaries = [summary for run in runs if (summary := read_summary(run)) is not None]
-    first, config = summaries[-1], summaries[-1]["config"]
-    made = first["environment"]
-    seeds = {seed for s in summaries for seed in (s["seed"] if isinstance(s["seed"], list) else [s["seed"]])}
-    code = ", ".join(sorted({code_of(s["environment"]) for s in summaries}))
-    return (
-        f"backbone {first['labels']['backbone']}, checkpoint {str(first['checkpoint_sha256'])[:8]}, "
-        f"{config['frames']} frames generated after {config['prefill_frames']} true ones ({config['source']}), "
-        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, batch {config['batch']}, {config['dtype']}, "
-        f"{made['device']}, {made['threads']} threads, torch {made['packages'].get('torch')}, code {code}"
-    )
 
 
 def _remember(folder: Path, runs: Sequence[Path]) -> list[Path]:

@@ -15,6 +15,8 @@ from fastar.results.tables import UNITS, spread
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MAX_BANDS = 6  # more of them hide each other
 MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")  # the second, third, ... line of a colour
+NARROW = 1.1  # the same ratio below which costs are shown as equal
+STEP = 0.012  # of the cost: how far lines stand apart on a logarithmic axis, so that equal costs hide nobody
 WIDE = 4.0  # ratio of the largest to the smallest cost from which on their axis is logarithmic
 
 
@@ -78,8 +80,8 @@ def plot_frontier(
 ) -> Path:
     """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`.
 
-    `label` stands beside the axis of `quality` in place of its name. Costs over a wide range get a logarithmic axis;
-    what costs nothing is a dotted line across the picture then.
+    `label` stands beside the axis of `quality` in place of its name. Costs over a wide range get a logarithmic axis,
+    on which lines stand a little apart; what costs nothing is a dotted line across the picture then.
     """
     keys = [index] if setting is None else [index, setting]
     stats = spread(rows, index=keys, metrics=[cost, quality], units=units)
@@ -99,7 +101,12 @@ def plot_frontier(
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    for line, group in points.groupby(index, sort=False):
+    elif len(paid):
+        axes.ticklabel_format(axis="x", useOffset=False)
+        if paid.max() < NARROW * paid.min():
+            axes.set_xlim(0.5 * paid.min(), 1.5 * paid.max())
+    lines = points[index].nunique()
+    for order, (line, group) in enumerate(points.groupby(index, sort=False)):
         group = group.sort_values("cost")
         if wide and (group["cost"] == 0).all():
             axes.axhline(
@@ -107,9 +114,11 @@ def plot_frontier(
             )
             continue
         reach = [(group["mean"] - group["low"]).fillna(0), (group["high"] - group["mean"]).fillna(0)]
+        aside = 1 + STEP * (order - (lines - 1) / 2) if wide else 1
+        earlier = _round_of(colours, str(line))
         axes.errorbar(
-            group["cost"], group["mean"], yerr=reach, color=colours[str(line)], label=str(line),
-            marker=MARKERS[_round_of(colours, str(line)) % len(MARKERS)], markersize=5,
+            group["cost"] * aside, group["mean"], yerr=reach, color=colours[str(line)], label=str(line),
+            marker=MARKERS[earlier % len(MARKERS)], markersize=5, markerfacecolor="white" if earlier else None,
             linewidth=1.4 if setting else 0, elinewidth=1.4, capsize=2,
         )  # fmt: skip
     axes.set_xlabel(_axis_label(cost))
