@@ -55,7 +55,9 @@ def test_differences_are_taken_between_equal_budgets(tiny: Tiny, tmp_path: Path)
     text = (tmp_path / "compare" / "report" / "results.md").read_text()
     for share in ("15%", "30%"):
         part = text.split(f"paired difference to window at {share}**\n\n")[1].split("\n\n")[0]
-        assert [line.split(" | ")[0] for line in part.splitlines()[2:]] == ["| dense", "| random"]
+        lines = [line.split(" | ") for line in part.splitlines()[2:]]
+        assert [line[0] for line in lines] == ["| dense", "| random"]
+        assert lines[0][1] == "–" != lines[1][1], "dense's PSNR to itself is a cap"
     pages = {path.name: path.read_text() for path in (tmp_path / "compare" / "report").glob("*_B*.md")}
     assert set(pages) == {"summary_B.md", "summary_B_30.md", "differences_B.md", "differences_B_30.md"}
     assert "Protocol B; paired differences to window, mean" in pages["differences_B.md"]

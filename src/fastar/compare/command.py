@@ -9,6 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastar.results.files import unwritable
+
 
 def wide_console() -> Console:
     """The terminal as it is; a pipe or a file has no width to respect, and tables may be wide there."""
@@ -55,7 +57,4 @@ def check_writable(folder: Path, setting: str = "paths.outputs") -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(
-            f"cannot write to {folder} ({reason}): choose another place with {setting}=..."
-        ) from error
+        raise unwritable(folder, error, setting) from error

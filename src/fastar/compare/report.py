@@ -195,11 +195,17 @@ def _save_summaries(report: Report, rows: pd.DataFrame, budget_share: float, bas
 
 
 def _paired(rows: pd.DataFrame, baseline: str) -> pd.DataFrame | None:
-    """Table of every method's paired differences to `baseline`; None if that has no scores, or on one seed only."""
+    """Table of every method's paired differences to `baseline`; None if that has no scores, or on one seed only.
+
+    Dense's score against itself is a cap; a difference to it would say nothing and is left out.
+    """
     scored = rows[rows["metric"].isin(COMPARED)]
     if baseline not in set(scored["method"]) or scored["seed"].nunique() < 2:
         return None
-    return pivot(differences(scored, baseline=baseline, metrics=COMPARED))
+    found = differences(scored, baseline=baseline, metrics=COMPARED)
+    capped = (found["metric"] == TO_DENSE) & ((found["method"] == DENSE) | (baseline == DENSE))
+    found.loc[capped, ["mean", "low", "high"]] = math.nan
+    return pivot(found)
 
 
 def _at_budget(rows: pd.DataFrame, share: float) -> pd.DataFrame:

@@ -10,6 +10,12 @@ from typing import Any
 SUMMARY, ROWS, TABLE, STATE = "summary.json", "metrics.jsonl", "metrics.parquet", "state.pt"
 
 
+def unwritable(folder: Path, error: OSError, setting: str = "paths.outputs") -> ValueError:
+    """What to raise if nothing can be written to `folder`, which `setting` names."""
+    reason = error.strerror or str(error)
+    return ValueError(f"cannot write to {folder} ({reason}): choose another place with {setting}=...")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A path to write to; what was written there becomes `path` on success and is removed on failure."""

@@ -15,9 +15,9 @@ from fastar.results.tables import UNITS, spread
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MAX_BANDS = 6  # more of them hide each other
 MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")  # the second, third, ... line of a colour
-NARROW = 1.1  # the same ratio below which costs are shown as equal
-STEP = 0.012  # of the cost: how far lines stand apart on a logarithmic axis, so that equal costs hide nobody
 WIDE = 4.0  # ratio of the largest to the smallest cost from which on their axis is logarithmic
+NARROW = 1.1  # the same ratio below which they are shown as equal
+STEP = 0.012  # of the cost: how far apart lines over settings stand, as equal budgets would hide one behind the other
 
 
 def colours_of(lines: Sequence[str]) -> dict[str, str]:
@@ -81,7 +81,7 @@ def plot_frontier(
     """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`.
 
     `label` stands beside the axis of `quality` in place of its name. Costs over a wide range get a logarithmic axis,
-    on which lines stand a little apart; what costs nothing is a dotted line across the picture then.
+    on which joined lines stand a little apart; what costs nothing is a dotted line across the picture then.
     """
     keys = [index] if setting is None else [index, setting]
     stats = spread(rows, index=keys, metrics=[cost, quality], units=units)
@@ -114,7 +114,7 @@ def plot_frontier(
             )
             continue
         reach = [(group["mean"] - group["low"]).fillna(0), (group["high"] - group["mean"]).fillna(0)]
-        aside = 1 + STEP * (order - (lines - 1) / 2) if wide else 1
+        aside = 1 + STEP * (order - (lines - 1) / 2) if wide and setting else 1
         earlier = _round_of(colours, str(line))
         axes.errorbar(
             group["cost"] * aside, group["mean"], yerr=reach, color=colours[str(line)], label=str(line),

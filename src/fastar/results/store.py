@@ -30,7 +30,17 @@ import torch
 from omegaconf import DictConfig
 
 from fastar.metrics.names import unit_of
-from fastar.results.files import ROWS, STATE, SUMMARY, TABLE, atomic, read_rows, read_summary, write_json
+from fastar.results.files import (
+    ROWS,
+    STATE,
+    SUMMARY,
+    TABLE,
+    atomic,
+    read_rows,
+    read_summary,
+    unwritable,
+    write_json,
+)
 from fastar.results.identity import SCHEMA_VERSION, recorded_config, run_id
 from fastar.results.lock import RunLock
 from fastar.results.logtail import LogTail, without_paths
@@ -129,10 +139,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise ValueError(
-                f"cannot write to {folder} ({reason}): choose another place with paths.outputs=..."
-            ) from error
+            raise unwritable(folder, error) from error
         try:
             self._begin(summary, over)
         except BaseException:
