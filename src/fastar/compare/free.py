@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from fastar import interruption
 from fastar.compare.clips import Clips
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
@@ -40,8 +41,12 @@ def free_run(
 ) -> Generated:
     """Generate the rest of `clips` from their true beginning, and log everything to `run`.
 
-    Every `save_every` chunks the rollout's state is kept; a run that finds one goes on from there and ends at the same
-    bits. `advance` is called after each chunk, also for those that an earlier process made.
+    Every `save_every` chunks, and when the process is asked to stop, the rollout's state is kept; a run that finds one
+    goes on from there and ends at the same bits. `advance` is called after each chunk, also for those that an earlier
+    process made.
+
+    Raises:
+        Interrupted: the process was asked to stop, and the state is kept.
     """
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
     memory = PeakMemory(session.device)
@@ -52,6 +57,7 @@ def free_run(
     for _ in latents:
         advance()
     while rollout.next_frame < clips.frames.shape[1]:
+        interruption.check()
         first = rollout.next_frame
         with timer.chunk(frames=session.chunk):
             chunk = rollout.step(clips.actions[:, first : first + session.chunk])
@@ -63,7 +69,8 @@ def free_run(
         run.log(timer.chunks[-1].rows(), chunk=number, frame=first)
         scorer.cost(first, rollout)
         scorer.chunk(first, chunk, pixels)
-        if len(latents) % save_every == 0 and rollout.next_frame < clips.frames.shape[1]:
+        due = len(latents) % save_every == 0 or interruption.requested()
+        if due and rollout.next_frame < clips.frames.shape[1]:
             times = [asdict(chunk_times) for chunk_times in timer.chunks]
             made = torch.cat(latents, dim=1)
             run.save_state({"rollout": rollout.state_dict(), "latents": made, "times": times})
