@@ -55,6 +55,7 @@ def listening() -> Iterator[None]:
         for number, handler in _earlier.items():
             signal.signal(number, handler)
         _earlier.clear()
+        _received = None
 
 
 def requested() -> bool:

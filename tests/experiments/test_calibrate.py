@@ -7,7 +7,7 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig
 
-from experiments import calibrate
+from fastar.compare import calibration as calibrate
 from fastar.cache import HeadErrors
 from fastar.compare.job import compare
 from fastar.results import load

@@ -6,7 +6,7 @@ import math
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments import evaluate
+from fastar.compare import evaluation as evaluate
 
 pytest.importorskip("vizdoom", reason="the simulator needs fastar[doom]")
 

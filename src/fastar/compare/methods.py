@@ -68,6 +68,8 @@ def setting(node: Mapping[str, Any], path: str) -> str | int | float | bool | No
         found = found.get(key) if isinstance(found, Mapping) else None
     if isinstance(found, list):
         return ",".join(map(str, found))
+    if path.endswith("_target_") and found is not None:
+        return str(found).rpartition(".")[2]
     if isinstance(found, Mapping):
         raise ValueError(
             f"{path} is a group of settings ({', '.join(map(str, found))}): name one of them in columns"

@@ -11,10 +11,11 @@ import pandas as pd
 from rich.console import Console
 
 from fastar.compare.caption import check_alike, describe, span
+from fastar.compare.variants import settings_of, variant_names
 from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
 from fastar.results import load
 from fastar.results.files import read_summary, write_json
-from fastar.results.plots import colours_of, plot_curves, plot_frontier
+from fastar.results.plots import colours_of, plot_curves, plot_frontier, plot_setting
 from fastar.results.sinks import Sink
 from fastar.results.tables import differences, failures, pivot, spread, to_markdown, to_rich
 
@@ -26,6 +27,7 @@ SUMMARY = ("byte_share/end", "slot_share/end", "fps/steady", "psnr", "psnr/truth
 COMPARED = ("psnr", "revisit_psnr")
 DENSE, TO_DENSE = "dense", "psnr"
 AT_END = ("cache_bytes", "byte_share", "slot_share")
+ABLATED = ("psnr", "revisit_psnr", "latent_error", "recall", "slot_share/end", "density", "fps/steady")
 
 PROTOCOLS = {
     "A": "protocol A: dense past, the method only denoises",
@@ -88,6 +90,10 @@ def write_report(
     known = _remember(folder, runs) if remember else list(runs)
     check_alike(known)
     rows = per_seed(load(known))
+    names = variant_names(known, methods)
+    varied = settings_of(known)
+    rows["variant_of"], rows["method"] = rows["method"], rows["run_id"].map(names)
+    methods = list(dict.fromkeys(names.values()))
     if "budget_share" not in rows:
         rows["budget_share"] = float("nan")
     rows["rank"] = rows["method"].map({name: rank for rank, name in enumerate(methods)})
@@ -103,7 +109,8 @@ def write_report(
     here = _at_budget(rows, budget_share)
     colours = colours_of(methods)
     _add_plots(report, rows, here, colours)
-    _add_videos(report, known, methods, seed, budget_share)
+    _add_ablations(report, here, varied)
+    _add_videos(report, known, names, seed, budget_share)
     _save_tables(report, rows)
     _save_summaries(report, rows, budget_share, baseline)
     return report
@@ -237,6 +244,24 @@ def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: 
                 )  # fmt: skip
 
 
+def _add_ablations(report: Report, here: pd.DataFrame, varied: Mapping[str, Mapping[str, Any]]) -> None:
+    """Quality and cost against each setting in which runs of a method differ, a line for each of the other settings."""
+    for setting in dict.fromkeys(name for settings in varied.values() for name in settings):
+        others = {
+            run: "".join(f" {name}={value}" for name, value in settings.items() if name != setting)
+            for run, settings in varied.items()
+        }
+        rows = here.assign(curve=here["variant_of"] + here["run_id"].map(others))
+        for protocol, meaning, part in _protocols(rows):
+            for metric in ABLATED:
+                if part.loc[part["metric"] == metric, "value"].notna().any():
+                    name = f"{setting}_{metric.replace('/', '_')}_{protocol}"
+                    path = report.folder / f"{name}.png"
+                    report.images[name] = plot_setting(
+                        part, setting, metric, path, index="curve", title=meaning
+                    )
+
+
 def minus_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Rows of the other methods, with dense's `metric` on the same seed taken off theirs.
 
@@ -250,7 +275,7 @@ def minus_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _add_videos(
-    report: Report, runs: Sequence[Path], methods: Sequence[str], seed: int, budget_share: float
+    report: Report, runs: Sequence[Path], names: Mapping[str, str], seed: int, budget_share: float
 ) -> None:
     found: dict[str, Any] = {}
     truth = None
@@ -259,12 +284,13 @@ def _add_videos(
         if summary is None or summary["labels"].get("budget_share", budget_share) != budget_share:
             continue
         if video.exists():
-            found[summary["labels"]["method"]] = read_mp4(video)
+            found[names[summary["run_id"]]] = read_mp4(video)
             truth = read_mp4(video.with_name(f"truth_seed{seed}.mp4"))
             first_frame = int(summary["config"]["prefill_frames"])
     if truth is None:
         return
-    shown = {"truth": truth, **{name: found[name] for name in methods if name in found}}
+    order = dict.fromkeys(names.values())
+    shown = {"truth": truth, **{name: found[name] for name in order if name in found}}
     path = write_mp4(report.folder / "side_by_side.mp4", side_by_side(shown, scale=1))
     report.videos["side_by_side"] = path
     sheet = report.folder / "frames.png"

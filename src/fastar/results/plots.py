@@ -125,6 +125,47 @@ def plot_frontier(
     return _save(figure, axes, path)
 
 
+def plot_setting(
+    rows: pd.DataFrame,
+    setting: str,
+    metric: str,
+    path: str | Path,
+    *,
+    index: str = "method",
+    units: Sequence[str] = UNITS,
+    title: str | None = None,
+) -> Path:
+    """Mean `metric` with its interval against the column `setting`, one line per `index`.
+
+    Numbers stand on an axis in proportion, anything else side by side. A line that lacks the setting is drawn level.
+    """
+    stats = spread(rows, index=[index, setting], metrics=[metric], units=units)
+    stats[["mean", "low", "high"]] /= shown_as(metric)[0]
+    figure, axes = _figure(metric, title)
+    colours = colours_of([str(line) for line in stats[index].unique()])
+    known = stats[setting].dropna()
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
+    places = {value: value if numeric else place for place, value in enumerate(dict.fromkeys(known))}
+    for line, group in stats.groupby(index, sort=False):
+        varied = group[group[setting].notna()]
+        if varied.empty:
+            axes.axhline(
+                group["mean"].mean(), color=colours[str(line)], linestyle=":", linewidth=1.4, label=str(line)
+            )
+            continue
+        varied = varied.assign(place=varied[setting].map(places)).sort_values("place")
+        reach = [(varied["mean"] - varied["low"]).fillna(0), (varied["high"] - varied["mean"]).fillna(0)]
+        axes.errorbar(
+            varied["place"].astype(float), varied["mean"], yerr=reach, color=colours[str(line)], label=str(line),
+            marker="o", markersize=5, linewidth=1.4 if numeric else 0, elinewidth=1.4, capsize=2,
+        )  # fmt: skip
+    if not numeric:
+        axes.set_xticks(list(places.values()), [str(value) for value in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+    axes.set_xlabel(setting.replace("_", " "))
+    return _save(figure, axes, path)
+
+
 def _round_of(colours: Mapping[str, str], line: str) -> int:
     """How many earlier lines have the same colour."""
     earlier = list(colours)[: list(colours).index(line)]
