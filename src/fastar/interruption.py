@@ -6,8 +6,9 @@
                 save()
             check()  # raises Interrupted
 
-Slurm sends such a signal some time before it takes a node away: before the time limit (`--signal`), or when a job of
-higher priority comes. SIGTERM is what everybody else sends. Ctrl-C is not among them: it stops at once.
+Slurm sends such a signal some time before it takes a node away: before the time limit (`--signal`), at it, or when a
+job of higher priority comes; slurm/README.md says who gets which. SIGTERM is what everybody else sends. Ctrl-C is not
+among them: it stops at once.
 """
 
 import logging
@@ -70,26 +71,60 @@ def check() -> None:
 
 
 def requeue() -> str:
-    """Put this Slurm job back into the queue, if it is one; says what was done.
+    """Put this Slurm job back into the queue, if it is one that was not cancelled; says what was done.
 
     A job of submitit's is put back by submitit, which counts how often. Call it last, inside `listening`: it may end
     the process.
     """
-    handler = _submitit_handler()
-    if handler is not None:
-        logger.info("back to the queue through submitit")
-        handler(_received, None)  # ends the process
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm_job()
     if job is None:
         return "not a Slurm job: start the same command again"
     if os.environ.get("SLURM_PROCID", "0") != "0":
         return "left to the first task of this job"
     if shutil.which("scontrol") is None:
-        return "there is no scontrol on this node: submit the job again"
-    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if answer.returncode == 0:
-        return f"Slurm job {job} was put back into the queue"
-    return f"Slurm did not take job {job} back ({answer.stderr.strip()}): submit it again"
+        return "there is no scontrol here (in this container?): submit the job again"
+    try:
+        if is_cancelled(description := _scontrol("-o", "show", "job", job)):
+            return f"Slurm job {job} was cancelled and stays so"
+        if _field(description, "JobState") == "PENDING":  # preemption does it itself
+            return f"Slurm has put job {job} back into the queue"
+        handler = _submitit_handler()
+        if handler is not None:
+            logger.info("back to the queue through submitit")
+            handler(_received or signal.SIGUSR2, None)  # ends the process
+        _scontrol("requeue", job)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        reason = (error.stderr or str(error)).strip()
+        return f"Slurm did not take job {job} back ({reason}): submit it again"
+    return f"Slurm job {job} was put back into the queue"
+
+
+def slurm_job() -> str | None:
+    """How Slurm calls the job that this process is in, as in 12 or 12_3; None outside of Slurm."""
+    # The number alone would not do: the last task of an array carries that of the whole array.
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return os.environ.get("SLURM_JOB_ID") if array is None else f"{array}_{task}"
+
+
+def is_cancelled(description: str) -> bool:
+    """Whether somebody wants this job gone, from what `scontrol -o show job` says while it is being ended.
+
+    Slurm would put it back into the queue all the same. It shows a job whose processes still live as COMPLETING,
+    whatever ends it; the reason tells: TimeLimit for a time limit, None for scancel. (A job that is preempted is
+    RUNNING in its grace time and PENDING after it; a batch script that died of a signal has JobLaunchFailure.)
+    """
+    state, reason = _field(description, "JobState"), _field(description, "Reason")
+    return state == "CANCELLED" or (state == "COMPLETING" and reason == "None")
+
+
+def _field(description: str, name: str) -> str:
+    return next((word[len(name) + 1 :] for word in description.split() if word.startswith(f"{name}=")), "")
+
+
+def _scontrol(*arguments: str) -> str:
+    """Its output; there are seconds before SIGKILL, so a silent controller is given few of them."""
+    command = ["scontrol", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
@@ -101,7 +136,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 def _submitit_handler() -> Callable[..., Any] | None:
     """What submitit would have done on its own signal; None outside of its jobs."""
-    for handler in _earlier.values():
+    for handler in (*_earlier.values(), *map(signal.getsignal, SIGNALS)):
         if getattr(handler, "__name__", "") == "checkpoint_and_try_requeue":
             found: Callable[..., Any] = handler
             return found
