@@ -16,6 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from fastar.interruption import SIGNALS, Interrupted, requeue
+from fastar.results.logtail import sentence_of
 from fastar.sweep.devices import GPUS, LAUNCHER, PER_GPU, visible_gpus
 from fastar.sweep.records import JOBS, job_key, read_record
 from fastar.sweep.status import bury_dead
@@ -66,7 +67,7 @@ class ProcessesLauncher(Launcher):
                 left = [overrides for overrides in todo if is_waiting(experiment, overrides)]
                 if len(left) == len(todo):
                     raise
-                log.error("a worker process was killed (%s): %d jobs go on", first_line(error), len(left))
+                log.error("a worker process was killed (%s): %d jobs go on", sentence_of(error), len(left))
                 todo = left
         return [job_return(overrides) for overrides in job_overrides]
 
@@ -105,7 +106,3 @@ def signals_forwarded() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

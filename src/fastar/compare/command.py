@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fastar.results.files import unwritable
+from fastar.results.logtail import sentence_of, unwrapped
 from fastar.sweep.devices import is_worker
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+
+CAN_BE_PUT_RIGHT = (ValueError, FileNotFoundError)
+"""Errors that a person can put right: told in their one sentence."""
 
 
 def wide_console() -> "Console":
@@ -37,8 +42,10 @@ def clear_errors() -> Iterator[None]:
     """What a person can put right ends the command with its one sentence, without a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except Exception as error:
+        if isinstance(unwrapped(error), CAN_BE_PUT_RIGHT):
+            raise SystemExit(f"error: {sentence_of(error)}") from error
+        raise
     except KeyboardInterrupt as error:
         raise SystemExit("interrupted: the same command goes on where this one stopped") from error
 

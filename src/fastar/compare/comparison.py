@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from fastar.data.video import upscale, write_mp4
 from fastar.results import Run, run_id
 from fastar.results.files import Unwritable, atomic
 from fastar.results.lock import RunLocked
+from fastar.results.logtail import sentence_of
 from fastar.sparsity.base import check_choice
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ PROTOCOLS = ("A", "B", "C")
 REFERENCE = "dense"
 """The method whose free-running rollout is the trajectory of A and B and the truth of fidelity scores."""
 
-FAILURES = (ValueError, RuntimeError, MemoryError)
+FAILURES = (ValueError, RuntimeError, MemoryError, InstantiationException)
 """What may go wrong with one method and leave the others alone: unsupported, out of memory, not finite."""
 
 LATENTS = "latents.safetensors"
@@ -262,11 +264,11 @@ class Comparison:
             raise
         except FAILURES as error:
             if len(task.methods) > 1:
-                self.say(f"{task}: all together failed ({first_line(error)}), now one by one")
+                self.say(f"{task}: all together failed ({sentence_of(error)}), now one by one")
                 for name in (name for name in task.methods if name not in locked):
                     locked += self._attempt(replace(task, methods=(name,)), retry_failed=True)
             else:
-                self.say(f"{task}: {first_line(error)}")
+                self.say(f"{task}: {sentence_of(error)}")
         return locked
 
     def _work(self, runs: Mapping[str, Run], task: Task) -> None:
@@ -327,8 +329,3 @@ class Comparison:
                 raise ValueError(
                     f"{name}={config[name]} is not a whole number of {chunk}-frame chunks: ask for {rounded}"
                 )
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without what follows its first line."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

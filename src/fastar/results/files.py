@@ -3,10 +3,14 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LEAST_ROOM = 2**20
+"""Bytes: with less left on the disk, whatever fails is put down to that."""
 
 SUMMARY, ROWS, TABLE, STATE = "summary.json", "metrics.jsonl", "metrics.parquet", "state.pt"
 
@@ -21,6 +25,12 @@ def unwritable(folder: Path, error: OSError, setting: str = "paths.outputs") -> 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Unwritable(f"cannot write to {folder} ({reason}): make room, then the same command goes on")
     return Unwritable(f"cannot write to {folder} ({reason}): choose another place with {setting}=...")
+
+
+def no_room(folder: Path, error: BaseException) -> bool:
+    """Whether an error came of a full disk. Writers below Python (of tensors, of video) do not say so by its type."""
+    told = any(text in str(error) for text in ("No space left", "quota exceeded"))
+    return told or shutil.disk_usage(folder).free < LEAST_ROOM
 
 
 @contextmanager

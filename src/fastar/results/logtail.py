@@ -48,6 +48,24 @@ def last_lines(folder: Path) -> list[str]:
     return path.read_text(errors="replace").splitlines()[-KEPT_LINES:] if path.exists() else []
 
 
+def sentence_of(error: BaseException) -> str:
+    """An error in one line: what Hydra met when it built an object, not that it met something."""
+    error = unwrapped(error)
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """`sentence_of` without this machine's paths, for what is kept."""
+    return without_paths(sentence_of(error))
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The error behind Hydra's InstantiationException, or the error itself."""
+    if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        return error.__cause__
+    return error
+
+
 def without_paths(text: str) -> str:
     """`text` with this machine's working and home folder written as `.` and `~`."""
     for folder, sign in ((Path.cwd(), "."), (Path.home(), "~")):

@@ -16,6 +16,7 @@ lock           while a process works on the run
 videos/, ...   whatever the experiment adds
 """
 
+import errno
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from fastar.results.files import (
     TABLE,
     Unwritable,
     atomic,
+    no_room,
     read_rows,
     read_summary,
     unwritable,
@@ -49,7 +51,7 @@ from fastar.results.files import (
 from fastar.results.identity import SCHEMA_VERSION, recorded_config, run_id
 from fastar.results.launch import launch_id
 from fastar.results.lock import RunLock, is_stale
-from fastar.results.logtail import RunLog, last_lines, without_paths
+from fastar.results.logtail import RunLog, last_lines, reason_of, unwrapped, without_paths
 from fastar.results.provenance import environment
 from fastar.results.rows import to_table
 from fastar.results.sinks import Sink
@@ -221,6 +223,10 @@ class Run:
         elif isinstance(error, Unwritable):
             with suppress(Unwritable):  # it is what goes on to the caller anyway
                 self._close("interrupted")
+        elif isinstance(error, Exception) and no_room(self.folder, error):
+            with suppress(Unwritable):
+                self._close("interrupted")
+            raise unwritable(self.folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
         elif isinstance(error, Exception):
             self.fail(error)
         else:
@@ -304,8 +310,8 @@ class Run:
         """Mark the run as failed, with the error and the last log lines. Its rows are kept."""
         where = traceback.extract_tb(error.__traceback__)
         self.summary["failure"] = {
-            "kind": "out of memory" if is_out_of_memory(error) else type(error).__name__,
-            "reason": without_paths((str(error).strip() or type(error).__name__).split("\n")[0]),
+            "kind": "out of memory" if is_out_of_memory(error) else type(unwrapped(error)).__name__,
+            "reason": reason_of(error),
             "where": f"{Path(where[-1].filename).name}:{where[-1].lineno}" if where else None,
             "log": last_lines(self.folder),
         }

@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from fastar.compare.command import check_writable, clear_errors
 from fastar.results.launch import launch_id
 from fastar.sweep.records import record_of
 
@@ -19,10 +20,12 @@ class SweepCallback(Callback):
         """Write a record for every job, so that what was never begun is known to be missing."""
         launch_id()  # in the environment before any job is started
         experiment = Path(config.paths.outputs) / config.name
-        for overrides in expand(config):
-            record = record_of(experiment, program_of(config), overrides)
-            record.launch = launch_id()
-            record.save()
+        with clear_errors():
+            check_writable(experiment)
+            for overrides in expand(config):
+                record = record_of(experiment, program_of(config), overrides)
+                record.launch = launch_id()
+                record.save()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show what came of the jobs, and one report on all of their runs; exit status 1 if something is missing."""

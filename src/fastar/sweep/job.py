@@ -9,15 +9,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from fastar.compare.command import CAN_BE_PUT_RIGHT
 from fastar.interruption import Interrupted, listening, requeue
 from fastar.results.files import unwritable
+from fastar.results.logtail import sentence_of, unwrapped
 from fastar.sweep.devices import claim_gpu, is_worker
 from fastar.sweep.records import JobRecord, record_of, take
 
 log = logging.getLogger(__name__)
-
-CAN_BE_PUT_RIGHT = (ValueError, FileNotFoundError)
-"""Errors that a person can put right: told in their one sentence."""
 
 
 def run_job(config: DictConfig, program: str, work: Callable[[DictConfig, JobRecord], None]) -> None:
@@ -47,21 +46,21 @@ def run_job(config: DictConfig, program: str, work: Callable[[DictConfig, JobRec
         except KeyboardInterrupt as error:
             status = "interrupted"
             raise SystemExit("interrupted: the same command goes on where this one stopped") from error
-        except CAN_BE_PUT_RIGHT as error:
-            record.fail(error)
-            if not sweeping:
-                raise SystemExit(f"error: {error}") from error
-            log.error("%s: %s", " ".join(record.overrides), error)
         except Exception as error:
             record.fail(error)
+            told = isinstance(unwrapped(error), CAN_BE_PUT_RIGHT)
+            if not sweeping and told:
+                raise SystemExit(f"error: {sentence_of(error)}") from error
             if not sweeping:
                 raise
-            log.exception("%s", " ".join(record.overrides))
+            log.error("%s: %s", " ".join(record.overrides), sentence_of(error), exc_info=not told)
         finally:
             if lock is not None:
                 record.status = status
                 try:
                     record.save()
+                except OSError as error:  # the disk is full, say: the runs know what came of them
+                    log.warning("%s", unwritable(record.folder, error))
                 finally:
                     lock.release()
             if status == "interrupted" and not is_worker():

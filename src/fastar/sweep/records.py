@@ -17,7 +17,7 @@ from typing import Any
 from fastar.results.files import atomic
 from fastar.results.launch import launch_id
 from fastar.results.lock import RunLock, RunLocked
-from fastar.results.logtail import without_paths
+from fastar.results.logtail import reason_of, unwrapped
 
 JOBS, RECORD = "jobs", "job.json"
 WHERE_AND_HOW = ("paths", "launcher", "logger", "hydra", "force", "retry_failed")
@@ -70,8 +70,7 @@ class JobRecord:
 
     def fail(self, error: BaseException) -> None:
         """Note what ended the job."""
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        self.failure = {"kind": type(error).__name__, "reason": without_paths(reason)}
+        self.failure = {"kind": type(unwrapped(error)).__name__, "reason": reason_of(error)}
 
 
 def job_key(overrides: Sequence[str]) -> str:
