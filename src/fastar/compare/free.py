@@ -10,6 +10,7 @@ from torch import Tensor
 from fastar.compare.clips import Clips
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
+from fastar.compare.speedup import baseline_of
 from fastar.metrics.efficiency import ChunkTimes, PassTimer, PeakMemory
 from fastar.results.store import Run
 from fastar.rollout.method import Method
@@ -44,7 +45,7 @@ def free_run(
     bits. `advance` is called after each chunk, also for those that an earlier process made.
     """
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
-    memory = PeakMemory(session.device)
+    memory, baseline = PeakMemory(session.device), baseline_of(run)
     memory.start()
     rollout = session.start(method, seeds, timer=timer, recorders=[scorer.density])
     scorer.started(rollout)
@@ -60,17 +61,19 @@ def free_run(
         latents.append(chunk.cpu())
         shown.append(pixels)
         number = len(latents) - 1
-        run.log(timer.chunks[-1].rows(), chunk=number, frame=first)
+        times = timer.chunks[-1]
+        rows = {**times.rows(), **memory.chunk_rows(), **baseline.chunk_rows(number, times.wall)}
+        run.log(rows, chunk=number, frame=first)
         scorer.cost(first, rollout)
         scorer.chunk(first, chunk, pixels)
         if len(latents) % save_every == 0 and rollout.next_frame < clips.frames.shape[1]:
-            times = [asdict(chunk_times) for chunk_times in timer.chunks]
-            made = torch.cat(latents, dim=1)
-            run.save_state({"rollout": rollout.state_dict(), "latents": made, "times": times})
+            state = {"rollout": rollout.state_dict(), "latents": torch.cat(latents, dim=1)}
+            run.save_state({**state, "times": [asdict(chunk_times) for chunk_times in timer.chunks]})
         advance()
     run.log(timer.whole_run().rows())
     if len(timer.chunks) > timer.warmup:
-        run.log(timer.steady_state().rows("/steady"))
+        steady = timer.steady_state()
+        run.log({**steady.rows("/steady"), **baseline.steady_rows(steady.end_to_end)})
     run.log(memory.rows())
     result = Generated(torch.cat(latents, 1), torch.cat(shown, 1))
     scorer.clip(result.shown)
