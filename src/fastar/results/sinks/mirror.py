@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastar.results.sinks.uploader import Uploader
 
@@ -54,7 +54,7 @@ class Mirror:
         self._place: tuple[int | None, int | None] = (None, None)
         self._sums: dict[str, tuple[float, int]] = {}
         tags = [*options.tags, *(_tag(key, labels[key]) for key in ("protocol", "backbone") if key in labels)]
-        self._init = {
+        self._init: dict[str, Any] = {
             "project": options.project,
             "entity": options.entity,
             "tags": tags,
@@ -100,7 +100,7 @@ class Mirror:
             silent=True, console="off", save_code=False, disable_git=True, x_disable_meta=True, x_disable_stats=True,
             x_disable_machine_info=True, x_save_requirements=False, host="hidden", finish_timeout=options.flush_seconds,
         )  # fmt: skip
-        mode = "disabled" if options.mode == "disabled" else "offline"
+        mode: Literal["disabled", "offline"] = "disabled" if options.mode == "disabled" else "offline"
         self._run = wandb.init(
             **self._init, mode=mode, dir=self.folder, reinit="create_new", settings=settings
         )
