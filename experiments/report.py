@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastar.compare.command import check_writable, clear_errors, wide_console
 from fastar.compare.report import write_report
-from fastar.results.load import find_runs
+from fastar.results.loading import find_runs
 from fastar.results.record import record_runs
 
 

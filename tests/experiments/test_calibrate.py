@@ -8,8 +8,8 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from experiments import calibrate
-from experiments.compare import compare
 from fastar.cache import HeadErrors
+from fastar.compare.job import compare
 from fastar.results import load
 from tests.experiments.conftest import command, noise_clips, values
 

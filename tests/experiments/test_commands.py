@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from experiments.compare import compare
 from experiments.rollout import roll
 from fastar.compare import comparison
 from fastar.compare.clips import steered_clip
+from fastar.compare.job import compare
 from fastar.data.doom.camera import Action
 from fastar.data.doom.dataset import DoomClips
 from fastar.data.doom.script import PATHS, read_actions

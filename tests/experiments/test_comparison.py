@@ -8,14 +8,14 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from experiments.compare import compare
 from fastar.compare.command import check_choices, clear_errors
 from fastar.compare.comparison import Comparison
+from fastar.compare.job import compare
 from fastar.compare.methods import budgeted
 from fastar.compare.report import per_seed
 from fastar.compare.session import open_session
 from fastar.results import load, load_runs
-from fastar.results.load import FAILURE
+from fastar.results.loading import FAILURE
 from tests.experiments.conftest import ROOT, values
 
 Tiny = Callable[..., DictConfig]

@@ -9,9 +9,9 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig
 
-from experiments.compare import compare
 from experiments.report import report
 from fastar.compare.command import clear_errors
+from fastar.compare.job import compare
 from fastar.compare.report import minus_dense
 from fastar.results import load_runs
 from fastar.results.record import record_runs

@@ -4,23 +4,32 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastar.results.files import unwritable
+from fastar.sweep.devices import is_worker
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 
-def wide_console() -> Console:
+def wide_console() -> "Console":
     """The terminal as it is; a pipe or a file has no width to respect, and tables may be wide there."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: "Console") -> "Progress":
     """Chunks done of all chunks, and the time it took."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
+    # several processes that draw on one terminal would spoil each other's bars
+    return Progress(*columns, console=console, disable=is_worker())
 
 
 @contextmanager

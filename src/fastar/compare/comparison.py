@@ -1,8 +1,10 @@
 """The sweep: every method, group of seeds and protocol is one run of the store, found, resumed, done or failed."""
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,21 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastar import engines
+from fastar import engines, interruption
 from fastar.compare import methods as method_nodes
 from fastar.compare.clips import SOURCES, Clips, load_clips
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
+from fastar.compare.runs import ComparisonRuns
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.data.video import upscale, write_mp4
-from fastar.results import Run, RunStore, run_id
-from fastar.results.files import atomic
-from fastar.results.provenance import device_name
+from fastar.results import Run, run_id
+from fastar.results.files import Unwritable, atomic
+from fastar.results.lock import RunLocked
 from fastar.sparsity.base import check_choice
+
+logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("A", "B", "C")
 REFERENCE = "dense"
@@ -37,12 +42,22 @@ LATENTS = "latents.safetensors"
 VIDEO_SCALE = 2  # H.264 halves the colour resolution, which would show at 96 x 128
 
 
-@dataclass
+WAIT_SECONDS = 5
+"""Between looks at runs that another process works on."""
+
+
+@dataclass(eq=False)
 class Group:
-    """Seeds that share rollouts, and what their runs have in common, made when the first of them needs it."""
+    """Seeds that share rollouts, and what their runs have in common, made when the first of them needs it.
+
+    Attributes:
+        reference: latents [B, n, C, h, w] of the dense rollout.
+        waits: the dense rollout has not been made or found yet.
+    """
 
     seeds: list[int]
     load: Callable[[Sequence[int]], Clips]
+    waits: bool
     reference: Tensor | None = None
 
     @cached_property
@@ -50,8 +65,16 @@ class Group:
         return self.load(self.seeds)
 
 
-Work = Callable[[Mapping[str, Run], Group], None]
-"""Does some runs, by method, of a group."""
+@dataclass(frozen=True)
+class Task:
+    """Runs that are done in one go: a protocol and group of seeds, for one method or, in protocol A, several."""
+
+    methods: tuple[str, ...]
+    protocol: str
+    group: Group
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.methods)}, protocol {self.protocol}, seeds {self.group.seeds}"
 
 
 @dataclass
@@ -73,14 +96,13 @@ class Comparison:
     advance: Callable[[int], None] = lambda chunks: None
     say: Callable[[str], None] = lambda line: None
     runs: list[Path] = field(default_factory=list)
+    _said: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         config = self.config
         self.nodes = method_nodes.resolved(config)
         self.methods = {name: method_nodes.method_of(name, node) for name, node in self.nodes.items()}
-        weights = self.session.weights
-        self.identities = {name: method_nodes.identity_of(node, weights) for name, node in self.nodes.items()}
-        self.budgeted = method_nodes.budgeted(config.methods)
+        self.store = ComparisonRuns(config, self.session, self.nodes)
         self.seeds = list(range(config.seeds)) if isinstance(config.seeds, int) else list(config.seeds)
         self.metrics = {name: instantiate(node) for name, node in config.metrics.items()}
         self._check()
@@ -108,55 +130,85 @@ class Comparison:
         written: Any = OmegaConf.to_container(self.config.methods, resolve=False)
         protocols = {"methods": written, "protocols": list(self.config.protocols)}
         return run_id(
-            protocols | self._setup(self.config.batch),
+            protocols | self.store.shared(self.config.batch),
             seed=self.seeds,
             checkpoint_sha256=self.session.weights,
         )
 
+    def planned(self) -> list[dict[str, Any]]:
+        """Every run of this comparison: run_id, method, protocol, seeds and the other labels."""
+        return [
+            {
+                "run_id": self.store.run_id(name, task.protocol, task.group.seeds),
+                "seeds": task.group.seeds,
+                **self.store.labels(name, task.protocol),
+            }
+            for task in self._tasks()
+            for name in task.methods
+        ]
+
     def run(self) -> None:
-        """All runs, the reference of each group first."""
+        """All runs. Those that another process works on come last, when it has finished them or is gone.
+
+        Raises:
+            Interrupted: the process was asked to stop; everything is saved.
+        """
+        todo = self._tasks()
+        while todo:
+            left = [rest for task in todo for rest in self._try(task)]
+            if len(left) == len(todo):
+                self._wait(left)
+            todo = left
+
+    def _tasks(self) -> list[Task]:
+        """In order; the dense rollout of each group first."""
+        tasks = []
         for seeds in self.groups:
-            group = Group(seeds, self._load_clips)
+            group = Group(seeds, self._load_clips, waits=self._needs_reference)
             if self._needs_reference:
-                self._free(REFERENCE, group)
+                tasks.append(Task((REFERENCE,), "C", group))
             for protocol in self.config.protocols:
                 if protocol == "A":
-                    self._all_in_lockstep(group)
+                    tasks.append(Task(tuple(self.methods), "A", group))
                 else:
-                    for name in self.methods:
-                        if protocol == "B":
-                            self._attempt([name], "B", group, self._lockstep_b)
-                        elif name != REFERENCE:
-                            self._free(name, group)
+                    names = (name for name in self.methods if protocol == "B" or name != REFERENCE)
+                    tasks += [Task((name,), protocol, group) for name in names]
+        return tasks
+
+    def _try(self, task: Task) -> list[Task]:
+        """Do what can be done of a task now; what is left of it."""
+        interruption.check()
+        is_reference = (task.methods, task.protocol) == ((REFERENCE,), "C")
+        if task.group.waits and not is_reference:
+            return [task]
+        locked = self._attempt(task)
+        if is_reference:
+            task.group.waits = bool(locked)
+        return [replace(task, methods=tuple(locked))] if locked else []
+
+    def _wait(self, tasks: Sequence[Task]) -> None:
+        """Until it makes sense to look again."""
+        line = f"waiting for runs that other processes work on: {'; '.join(map(str, tasks[:3]))}"
+        if line != self._said:
+            self.say(line + (f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""))
+            self._said = line
+        for _ in range(WAIT_SECONDS):
+            interruption.check()
+            time.sleep(1)
 
     # -- the protocols ---------------------------------------------------------------------------------------------
 
-    def _free(self, name: str, group: Group) -> None:
-        def work(runs: Mapping[str, Run], group: Group) -> None:
-            run = runs[name]
-            result = free_run(
-                self.session, self.methods[name], group.clips, group.seeds, run, self._scorer(run, group),
-                save_every=self.config.save_every, warmup_chunks=self.config.warmup_chunks,
-                advance=lambda: self.advance(1),
-            )  # fmt: skip
-            if name == REFERENCE:
-                with atomic(run.folder / LATENTS) as part:
-                    save_file({"latents": result.latents.contiguous()}, part)
-            self._keep_videos(run, group, result)
-
-        [folder] = self._attempt([name], "C", group, work)
-        if name == REFERENCE and folder is not None and (folder / LATENTS).exists():
-            group.reference = load_file(folder / LATENTS)["latents"].to(self.session.device)
-
-    def _all_in_lockstep(self, group: Group) -> None:
-        """Protocol A of all methods together; if one fails, each alone, so that the failure is the right one's."""
-        together = list(self.methods)
-        try:
-            self._work(together, "A", group, self._lockstep_a)
-        except FAILURES as error:
-            self.say(f"protocol A of all methods together failed ({first_line(error)}): now one by one")
-            for name in together:
-                self._attempt([name], "A", group, self._lockstep_a)
+    def _free(self, runs: Mapping[str, Run], group: Group) -> None:
+        [(name, run)] = runs.items()
+        result = free_run(
+            self.session, self.methods[name], group.clips, group.seeds, run, self._scorer(run, group),
+            save_every=self.config.save_every, warmup_chunks=self.config.warmup_chunks,
+            advance=lambda: self.advance(1),
+        )  # fmt: skip
+        if name == REFERENCE:
+            with atomic(run.folder / LATENTS) as part:
+                save_file({"latents": result.latents.contiguous()}, part)
+        self._keep_videos(run, group, result)
 
     def _lockstep_a(self, runs: Mapping[str, Run], group: Group) -> None:
         scorers = {name: self._scorer(run, group) for name, run in runs.items()}
@@ -164,14 +216,16 @@ class Comparison:
         trajectory = self._trajectory(group)
         run_a(
             self.session, methods, group.clips, group.seeds, trajectory, scorers, lambda: self.advance(1),
-            attention_chunks=self.config.attention_chunks,
+            save_every=self.config.save_every, attention_chunks=self.config.attention_chunks,
         )  # fmt: skip
 
     def _lockstep_b(self, runs: Mapping[str, Run], group: Group) -> None:
-        for name, run in runs.items():
-            scorer, trajectory = self._scorer(run, group), self._trajectory(group)
-            method = self.methods[name]
-            run_b(self.session, method, group.clips, group.seeds, trajectory, scorer, lambda: self.advance(1))
+        [(name, run)] = runs.items()
+        scorer, trajectory = self._scorer(run, group), self._trajectory(group)
+        run_b(
+            self.session, self.methods[name], group.clips, group.seeds, trajectory, scorer,
+            lambda: self.advance(1), save_every=self.config.save_every,
+        )  # fmt: skip
 
     def _trajectory(self, group: Group) -> Tensor:
         if group.reference is None:
@@ -181,64 +235,51 @@ class Comparison:
 
     # -- runs of the store -----------------------------------------------------------------------------------------
 
-    def _attempt(self, names: Sequence[str], protocol: str, group: Group, work: Work) -> list[Path | None]:
-        """`_work`, except that a failure is noted and not raised; the folders of the runs, None if not accessible."""
+    def _attempt(self, task: Task, *, retry_failed: bool | None = None) -> list[str]:
+        """Do those of the task's runs that are not finished; methods whose run another process works on.
+
+        A failure is recorded in the run and told; if several methods in lockstep fail, each is tried alone, so that
+        the failure is the right one's.
+        """
+        locked = []
         try:
-            return list(self._work(names, protocol, group, work))
+            with ExitStack() as stack:
+                runs: dict[str, Run] = {}
+                for name in task.methods:
+                    try:
+                        run = self.store.open(
+                            name, task.protocol, task.group.seeds, retry_failed=retry_failed
+                        )
+                    except RunLocked as error:
+                        logger.info("%s", error)
+                        locked.append(name)
+                        continue
+                    runs[name] = stack.enter_context(run)
+                    if run.folder not in self.runs:
+                        self.runs.append(run.folder)
+                self._work(runs, task)
+        except Unwritable:
+            raise
         except FAILURES as error:
-            self.say(f"{', '.join(names)}, protocol {protocol}, seeds {group.seeds}: {first_line(error)}")
-            return [None]
+            if len(task.methods) > 1:
+                self.say(f"{task}: all together failed ({first_line(error)}), now one by one")
+                for name in (name for name in task.methods if name not in locked):
+                    locked += self._attempt(replace(task, methods=(name,)), retry_failed=True)
+            else:
+                self.say(f"{task}: {first_line(error)}")
+        return locked
 
-    def _work(self, names: Sequence[str], protocol: str, group: Group, work: Work) -> list[Path]:
-        """Do those of the runs that are not finished; what fails them is recorded in them and raised."""
-        with ExitStack() as stack:
-            runs = {name: stack.enter_context(self._open(name, protocol, group)) for name in names}
-            for run in runs.values():
-                if run.folder not in self.runs:
-                    self.runs.append(run.folder)
-            open_runs = {name: run for name, run in runs.items() if not run.finished}
-            self.advance((len(runs) - len(open_runs)) * self.chunks_per_run)
-            if open_runs:
-                work(open_runs, group)
-        return [run.folder for run in runs.values()]
-
-    def _open(self, name: str, protocol: str, group: Group) -> Run:
-        config = self.config
-        timed = protocol == "C"
-        labels: dict[str, Any] = {"method": name, "protocol": protocol, "backbone": config.backbone.name}
-        if name in self.budgeted:
-            labels["budget_share"] = float(config.budget_share)
-        identity = {"protocol": protocol, "method": self.identities[name], **self._setup(len(group.seeds))}
-        if protocol == "A":
-            identity["attention_chunks"] = config.attention_chunks
-        if timed and self.session.device.type == "cpu":
-            identity["threads"] = torch.get_num_threads()
-        store = RunStore(config.paths.outputs, config.name, sinks=[instantiate(config.logger)])
-        return store.open(
-            identity,
-            seed=group.seeds if len(group.seeds) > 1 else group.seeds[0],
-            checkpoint_sha256=self.session.weights,
-            timing_device=device_name(self.session.device) if timed else None,
-            labels=labels,
-            device=self.session.device,
-        )
-
-    def _setup(self, batch: int) -> dict[str, Any]:
-        """What decides the numbers besides method, protocol, seeds and weights."""
-        config = self.config
-        data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
-        own = ("clips", "frames", "history", "future")  # these follow from the settings below
-        return {
-            "source": config.source,
-            "data": {key: value for key, value in data.items() if key not in own},
-            "prefill_frames": config.prefill_frames,
-            "frames": config.frames,
-            "rollout": OmegaConf.to_container(config.rollout, resolve=True),
-            "metrics": OmegaConf.to_container(config.metrics, resolve=True),
-            "warmup_chunks": config.warmup_chunks,
-            "dtype": config.dtype,
-            "batch": batch,
-        }
+    def _work(self, runs: Mapping[str, Run], task: Task) -> None:
+        unfinished = {name: run for name, run in runs.items() if not run.finished}
+        self.advance((len(runs) - len(unfinished)) * self.chunks_per_run)
+        if unfinished:
+            work = {"A": self._lockstep_a, "B": self._lockstep_b, "C": self._free}[task.protocol]
+            work(unfinished, task.group)
+        if (tuple(runs), task.protocol) == ((REFERENCE,), "C") and (
+            runs[REFERENCE].folder / LATENTS
+        ).exists():
+            latents = load_file(runs[REFERENCE].folder / LATENTS)["latents"]
+            task.group.reference = latents.to(self.session.device)
 
     def _scorer(self, run: Run, group: Group) -> Scorer:
         return Scorer(run, self.session, group.clips, self.metrics, group.reference)

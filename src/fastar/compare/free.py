@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from fastar import interruption
 from fastar.compare.clips import Clips
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
@@ -41,8 +42,12 @@ def free_run(
 ) -> Generated:
     """Generate the rest of `clips` from their true beginning, and log everything to `run`.
 
-    Every `save_every` chunks the rollout's state is kept; a run that finds one goes on from there and ends at the same
-    bits. `advance` is called after each chunk, also for those that an earlier process made.
+    Every `save_every` chunks (of a long run: every tenth of what is made), and when the process is asked to stop, the
+    rollout's state is kept; a run that finds one goes on from there and ends at the same bits. `advance` is called
+    after each chunk, also for those that an earlier process made.
+
+    Raises:
+        Interrupted: the process was asked to stop, and the state is kept.
     """
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
     memory, baseline = PeakMemory(session.device), baseline_of(run)
@@ -50,9 +55,11 @@ def free_run(
     rollout = session.start(method, seeds, timer=timer, recorders=[scorer.density])
     scorer.started(rollout)
     latents, shown = _begin(session, rollout, clips, run, timer)
+    kept = len(latents)
     for _ in latents:
         advance()
     while rollout.next_frame < clips.frames.shape[1]:
+        interruption.check()
         first = rollout.next_frame
         with timer.chunk(frames=session.chunk):
             chunk = rollout.step(clips.actions[:, first : first + session.chunk])
@@ -61,14 +68,17 @@ def free_run(
         latents.append(chunk.cpu())
         shown.append(pixels)
         number = len(latents) - 1
-        times = timer.chunks[-1]
-        rows = {**times.rows(), **memory.chunk_rows(), **baseline.chunk_rows(number, times.wall)}
+        took = timer.chunks[-1]
+        rows = {**took.rows(), **memory.chunk_rows(), **baseline.chunk_rows(number, took.wall)}
         run.log(rows, chunk=number, frame=first)
         scorer.cost(first, rollout)
         scorer.chunk(first, chunk, pixels)
-        if len(latents) % save_every == 0 and rollout.next_frame < clips.frames.shape[1]:
-            state = {"rollout": rollout.state_dict(), "latents": torch.cat(latents, dim=1)}
-            run.save_state({**state, "times": [asdict(chunk_times) for chunk_times in timer.chunks]})
+        # the state holds all that was made: kept at growing distances, so that long runs do not spend their time on it
+        due = number + 1 - kept >= max(save_every, (number + 1) // 10) or interruption.requested()
+        if due and rollout.next_frame < clips.frames.shape[1]:
+            kept, times = number + 1, [asdict(chunk_times) for chunk_times in timer.chunks]
+            made = torch.cat(latents, dim=1)
+            run.save_state({"rollout": rollout.state_dict(), "latents": made, "times": times})
         advance()
     run.log(timer.whole_run().rows())
     if len(timer.chunks) > timer.warmup:

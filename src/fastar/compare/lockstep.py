@@ -1,15 +1,20 @@
-"""Protocols A and B: methods denoise the chunks of a dense trajectory, which is what gets committed."""
+"""Protocols A and B: methods denoise the chunks of a dense trajectory, which is what gets committed.
+
+Interrupted, a run goes on after the chunks that it has denoised: commits are repeated, denoising is not.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fastar import interruption
 from fastar.compare.clips import Clips
 from fastar.compare.free import Advance
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.metrics.attention import AttentionProbe
+from fastar.results.store import Run
 from fastar.rollout.method import Method
 from fastar.rollout.protocols import TeeCache, lockstep_a, lockstep_b
 
@@ -23,6 +28,7 @@ def run_a(
     scorers: Mapping[str, Scorer],
     advance: Advance,
     *,
+    save_every: int,
     attention_chunks: int = 0,
 ) -> None:
     """All `methods` at once, each reading its own cache of the keys that dense attention committed.
@@ -30,6 +36,7 @@ def run_a(
     Args:
         trajectory: latents [B, F, C, h, w]: true beginning, then the dense rollout.
         scorers: by method.
+        save_every: chunks after which a run is saved; it is, too, when the process is asked to stop.
         attention_chunks: in how many chunks, the last among them, attention itself is held against dense.
     """
     dense = Method(name="dense")
@@ -45,19 +52,63 @@ def run_a(
     if look_at:
         probe = AttentionProbe({name: student.state for name, student in students.items()})
         teacher.state.recorders.append(probe)
-    shown: dict[str, list[Tensor]] = {name: [] for name in methods}
+    denoised = {name: Denoised(scorers[name].run, session, save_every) for name in methods}
+    done = min(len(chunks) for chunks in denoised.values())
+    for chunks in denoised.values():
+        chunks.keep(done, advance)
     lockstep = lockstep_a(
-        teacher, students, trajectory, clips.actions, clips.prefill, look_at=look_at, probe=probe
+        teacher, students, trajectory, clips.actions, clips.prefill, done=done, look_at=look_at, probe=probe
     )
     for first, name, chunk in lockstep:
         if probe is not None and first in look_at:
             scorers[name].attention(first, probe.scores(name))
-        shown[name].append(session.decode(chunk))
+        pixels = session.decode(chunk)
         scorers[name].cost(first, students[name])
-        scorers[name].chunk(first, chunk, shown[name][-1])
+        scorers[name].chunk(first, chunk, pixels)
+        denoised[name].add(chunk, pixels)
         advance()
-    for name, chunks in shown.items():
-        scorers[name].clip(torch.cat(chunks, 1))
+        if name == list(methods)[-1] and interruption.requested():
+            for chunks in denoised.values():
+                chunks.save()
+            interruption.check()
+    for name, chunks in denoised.items():
+        scorers[name].clip(chunks.shown)
+
+
+class Denoised:
+    """The chunks that a run has denoised, this process's and earlier ones', saved from time to time."""
+
+    def __init__(self, run: Run, session: Session, save_every: int) -> None:
+        self.run, self.save_every, self.session = run, save_every, session
+        self._latents: list[Tensor] = []
+        if run.has_state:
+            self._latents = list(run.load_state()["latents"].split(session.chunk, dim=1))
+        self._shown = [session.decode(chunk.to(session.device)) for chunk in self._latents]
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def keep(self, count: int, advance: Advance) -> None:
+        """Forget all but the first `count` chunks; call `advance` for each of these."""
+        del self._latents[count:], self._shown[count:]
+        for _ in range(count):
+            advance()
+
+    def add(self, chunk: Tensor, pixels: Tensor) -> None:
+        """Latents [B, n, C, h, w] and pixels [B, n, H, W, 3] of the next chunk."""
+        self._latents.append(chunk.cpu())
+        self._shown.append(pixels)
+        if len(self) % self.save_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Have a later process go on after the chunks so far."""
+        self.run.save_state({"latents": torch.cat(self._latents, 1)})
+
+    @property
+    def shown(self) -> Tensor:
+        """uint8 [B, F, H, W, 3] of all chunks."""
+        return torch.cat(self._shown, 1)
 
 
 def evenly(start: int, stop: int, chunk: int, count: int) -> list[int]:
@@ -75,14 +126,22 @@ def run_b(
     trajectory: Tensor,
     scorer: Scorer,
     advance: Advance,
+    *,
+    save_every: int,
 ) -> None:
     """One method, whose commit passes read its own cache; arguments as in `run_a`."""
     rollout = session.start(method, seeds, recorders=[scorer.density])
     scorer.started(rollout)
-    shown: list[Tensor] = []
-    for first, chunk in lockstep_b(rollout, trajectory, clips.actions, clips.prefill):
-        shown.append(session.decode(chunk))
+    denoised = Denoised(scorer.run, session, save_every)
+    done = len(denoised)
+    denoised.keep(done, advance)
+    for first, chunk in lockstep_b(rollout, trajectory, clips.actions, clips.prefill, done=done):
+        pixels = session.decode(chunk)
         scorer.cost(first, rollout)
-        scorer.chunk(first, chunk, shown[-1])
+        scorer.chunk(first, chunk, pixels)
+        denoised.add(chunk, pixels)
         advance()
-    scorer.clip(torch.cat(shown, 1))
+        if interruption.requested():
+            denoised.save()
+            interruption.check()
+    scorer.clip(denoised.shown)

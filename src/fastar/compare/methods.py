@@ -57,6 +57,24 @@ def identity_of(node: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
     return {**node, "cache": {**node["cache"], "head_errors": digest}}
 
 
+def setting(node: Mapping[str, Any], path: str) -> str | int | float | bool | None:
+    """What a resolved node says at a dotted path such as `cache.threshold`; None if it has no such setting.
+
+    Raises:
+        ValueError: it is a group of settings, which is no value for a column of a table.
+    """
+    found: Any = node
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if isinstance(found, list):
+        return ",".join(map(str, found))
+    if isinstance(found, Mapping):
+        raise ValueError(
+            f"{path} is a group of settings ({', '.join(map(str, found))}): name one of them in columns"
+        )
+    return found
+
+
 def budgeted(methods: DictConfig) -> set[str]:
     """Methods whose cache follows the common `budget_share`."""
     written: Any = OmegaConf.to_container(methods, resolve=False)

@@ -1,5 +1,6 @@
 """Files of a run, written so that a crash leaves the old or the new content, never half of it."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,10 +11,16 @@ from typing import Any
 SUMMARY, ROWS, TABLE, STATE = "summary.json", "metrics.jsonl", "metrics.parquet", "state.pt"
 
 
-def unwritable(folder: Path, error: OSError, setting: str = "paths.outputs") -> ValueError:
+class Unwritable(ValueError):
+    """Nothing can be written to a folder: the disk is full, say. What is there already stays as it is."""
+
+
+def unwritable(folder: Path, error: OSError, setting: str = "paths.outputs") -> Unwritable:
     """What to raise if nothing can be written to `folder`, which `setting` names."""
     reason = error.strerror or str(error)
-    return ValueError(f"cannot write to {folder} ({reason}): choose another place with {setting}=...")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Unwritable(f"cannot write to {folder} ({reason}): make room, then the same command goes on")
+    return Unwritable(f"cannot write to {folder} ({reason}): choose another place with {setting}=...")
 
 
 @contextmanager
@@ -22,11 +29,20 @@ def atomic(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(part)
         part.replace(path)
+        _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -1,34 +1,51 @@
-"""The last log lines of a run, kept in memory for the case that it fails."""
+"""What is logged while a run is worked on, in its folder: the last lines tell why it failed, or where it was killed."""
 
 import logging
-from collections import deque
 from pathlib import Path
+from typing import TextIO
 
 KEPT_LINES = 20
+LOG = "log.txt"
 
 
-class LogTail(logging.Handler):
-    """Keeps the last lines of everything that is logged between `attach` and `detach`."""
+class RunLog(logging.Handler):
+    """Appends everything that is logged between `attach` and `detach` to `log.txt` of a run's folder.
 
-    def __init__(self) -> None:
+    A file and not a list in memory: it is there after a kill, too. A log that cannot be written stops nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
         super().__init__(level=logging.INFO)
-        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        self.path = folder / LOG
+        self._file: TextIO | None = None
+        self.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record))
+        try:
+            if self._file is not None:
+                self._file.write(without_paths(self.format(record)) + "\n")
+        except (OSError, ValueError):  # ValueError: the record does not fit its own arguments
+            self.handleError(record)
 
     def attach(self) -> None:
         """Start listening."""
+        self._file = self.path.open("a", buffering=1, errors="replace")
         logging.getLogger().addHandler(self)
 
     def detach(self) -> None:
         """Stop listening."""
         logging.getLogger().removeHandler(self)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def lines(self) -> list[str]:
-        """Oldest first."""
-        return [without_paths(line) for line in self._lines]
+
+def last_lines(folder: Path) -> list[str]:
+    """The last lines of a run's log, oldest first."""
+    path = folder / LOG
+    return path.read_text(errors="replace").splitlines()[-KEPT_LINES:] if path.exists() else []
 
 
 def without_paths(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastar.results.files import SUMMARY, TABLE, atomic, read_summary
-from fastar.results.load import find_runs
+from fastar.results.loading import find_runs
 
 
 def record_runs(pattern: str | Path | Sequence[str | Path], target: Path) -> list[Path]:

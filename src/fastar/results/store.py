@@ -11,15 +11,19 @@
 summary.json   status (running, done, failed), labels, seed, config, environment, failure
 metrics.jsonl  rows as they are logged; metrics.parquet replaces it when the run is complete
 state.pt       what `save_state` kept, until the run is complete
+log.txt        what was logged meanwhile
 lock           while a process works on the run
 videos/, ...   whatever the experiment adds
 """
 
 import json
 import logging
+import os
+import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +39,7 @@ from fastar.results.files import (
     STATE,
     SUMMARY,
     TABLE,
+    Unwritable,
     atomic,
     read_rows,
     read_summary,
@@ -42,8 +47,9 @@ from fastar.results.files import (
     write_json,
 )
 from fastar.results.identity import SCHEMA_VERSION, recorded_config, run_id
-from fastar.results.lock import RunLock
-from fastar.results.logtail import LogTail, without_paths
+from fastar.results.launch import launch_id
+from fastar.results.lock import RunLock, is_stale
+from fastar.results.logtail import RunLog, last_lines, without_paths
 from fastar.results.provenance import environment
 from fastar.results.rows import to_table
 from fastar.results.sinks import Sink
@@ -58,12 +64,23 @@ class RunStore:
         root: folder of all outputs.
         experiment: name of the experiment, one folder below `root`.
         sinks: mirrors of every run that is worked on (W&B, CSV).
+        force: do runs again that an earlier launch (see `fastar.results.launch`) has worked on, whatever came of them.
+        retry_failed: False to leave a run that failed before as it is (`Run.finished` is then true).
     """
 
-    def __init__(self, root: str | Path, experiment: str, *, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        experiment: str,
+        *,
+        sinks: Sequence[Sink] = (),
+        force: bool = False,
+        retry_failed: bool = True,
+    ) -> None:
         self.folder = Path(root) / experiment
         self.experiment = experiment
         self.sinks = list(sinks)
+        self.force, self.retry_failed = force, retry_failed
 
     def open(
         self,
@@ -74,7 +91,6 @@ class RunStore:
         timing_device: str | None = None,
         labels: Mapping[str, str | int | float | bool] | None = None,
         device: torch.device | str = "cpu",
-        retry_failed: bool = True,
     ) -> "Run":
         """The run with this identity (see `fastar.results.run_id`): new, to be resumed, or finished already.
 
@@ -82,7 +98,6 @@ class RunStore:
             labels: columns of every row of this run in the loaded table, such as method and protocol. They describe the
                 config and are not part of the identity.
             device: recorded in the environment.
-            retry_failed: False to leave a run that failed before as it is (`finished` is then true).
 
         Raises:
             RunLocked: another process is working on it.
@@ -102,12 +117,13 @@ class RunStore:
             "config": recorded_config(config),
             "environment": environment(device=device, seeds=[seed] if isinstance(seed, int) else seed),
             "starts": 1,
+            "launch": launch_id(),
             "finished": None,
             "failure": None,
             "warnings": [],
         }
-        over = ("done",) if retry_failed else ("done", "failed")
-        return Run(self.folder / identifier, summary, sinks=self.sinks, over=over)
+        over = ("done",) if self.retry_failed else ("done", "failed")
+        return Run(self.folder / identifier, summary, sinks=self.sinks, over=over, force=self.force)
 
 
 class Run:
@@ -123,35 +139,55 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, summary: dict[str, Any], *, sinks: Sequence[Sink], over: Sequence[str]
+        self,
+        folder: Path,
+        summary: dict[str, Any],
+        *,
+        sinks: Sequence[Sink],
+        over: Sequence[str],
+        force: bool = False,
     ) -> None:
         self.folder, self.run_id = folder, str(summary["run_id"])
         self.sinks = list(sinks)
         self.resumed = False
         self._lock = RunLock(folder)
-        self._log = LogTail()
+        self._log = RunLog(folder)
         self._rows: TextIO | None = None
-        self.summary = read_summary(folder) or summary
-        self.finished = self.summary["status"] in over
+        self._over, self._force = tuple(over), force
+        earlier = read_summary(folder)
+        self.finished = earlier is not None and self._is_over(earlier)
+        self.summary = summary if earlier is None else earlier
         if self.finished:
+            self._tidy()
             return
-        try:
+        with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-        except OSError as error:
-            raise unwritable(folder, error) from error
         try:
-            self._begin(summary, over)
+            with self._writing():
+                self._begin(summary)
         except BaseException:
             self._lock.release()
             raise
 
-    def _begin(self, summary: dict[str, Any], over: Sequence[str]) -> None:
+    def _is_over(self, earlier: Mapping[str, Any]) -> bool:
+        return earlier["status"] in self._over and not self._is_to_be_redone(earlier)
+
+    def _is_to_be_redone(self, earlier: Mapping[str, Any]) -> bool:
+        # What this launch has begun itself goes on, or a job that is requeued would start over for ever.
+        return self._force and earlier.get("launch") != launch_id()
+
+    def _begin(self, summary: dict[str, Any]) -> None:
         earlier = read_summary(self.folder)  # again, now that nobody else can write it
-        if earlier is not None and earlier["status"] in over:
+        if earlier is not None and self._is_over(earlier):
             self.summary, self.finished = earlier, True
             self._lock.release()
             return
+        if earlier is not None and self._is_to_be_redone(earlier):
+            self._clear()
+            earlier = None
+        for left in self.folder.glob("*.part"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self.resumed = earlier is not None
         self.summary = summary if earlier is None else {**summary, "starts": int(earlier["starts"]) + 1}
         rows = read_rows(self.folder / ROWS)
@@ -163,6 +199,15 @@ class Run:
         for sink in self.sinks:
             sink.start(self.folder, self.summary)
 
+    def _clear(self) -> None:
+        """Remove everything but the lock; the summary first: without it, nothing left is taken for a result."""
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != self._lock.path:
+                path.unlink()
+
     def __enter__(self) -> Self:
         return self
 
@@ -173,6 +218,9 @@ class Run:
             return
         if error is None:
             self.complete()
+        elif isinstance(error, Unwritable):
+            with suppress(Unwritable):  # it is what goes on to the caller anyway
+                self._close("interrupted")
         elif isinstance(error, Exception):
             self.fail(error)
         else:
@@ -208,7 +256,8 @@ class Run:
                 "unit": unit_of(metric) if unit is None else unit,
                 "time": now,
             }
-            file.write(json.dumps(row) + "\n")
+            with self._writing():
+                file.write(json.dumps(row) + "\n")
         for sink in self.sinks:
             sink.scalars(values, chunk=chunk, frame=frame, clip=clip)
 
@@ -223,8 +272,11 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Keep `state` (tensors, numbers, text and containers of them) for a resumed run; replaces an earlier one."""
-        with atomic(self.folder / STATE) as part:
-            torch.save(state, part)
+        file = self._open_rows()
+        with self._writing():
+            os.fsync(file.fileno())  # rows that the state stands on must not be younger than it
+            with atomic(self.folder / STATE) as part, part.open("wb") as written:
+                torch.save(state, written)
 
     def load_state(self, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
         """What `save_state` kept last."""
@@ -241,12 +293,11 @@ class Run:
     def complete(self) -> None:
         """Turn the rows into metrics.parquet and mark the run as done."""
         self._open_rows().flush()
-        with atomic(self.folder / TABLE) as part:
+        with self._writing(), atomic(self.folder / TABLE) as part:
             pq.write_table(to_table(self.rows()), part)
         # From here on the table is complete; the status says so last, and only then is the working copy removed.
         self._close("done")
-        for leftover in (ROWS, STATE):
-            (self.folder / leftover).unlink(missing_ok=True)
+        self._tidy()
         self.finished = True
 
     def fail(self, error: BaseException) -> None:
@@ -256,16 +307,30 @@ class Run:
             "kind": "out of memory" if is_out_of_memory(error) else type(error).__name__,
             "reason": without_paths((str(error).strip() or type(error).__name__).split("\n")[0]),
             "where": f"{Path(where[-1].filename).name}:{where[-1].lineno}" if where else None,
-            "log": self._log.lines(),
+            "log": last_lines(self.folder),
         }
         self._close("failed")
+
+    def _tidy(self) -> None:
+        """Remove the working copy of a complete run; a process may have been killed just before it did."""
+        if self.summary["status"] == "done":
+            for leftover in (ROWS, STATE):
+                (self.folder / leftover).unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses is one sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
 
     def _close(self, status: str) -> None:
         try:
             if self._rows is not None:
-                self._rows.close()
-                self._rows = None
-            self._log.detach()
+                rows, self._rows = self._rows, None
+                with self._writing():
+                    rows.close()
             for sink in self.sinks:
                 sink.finish(status)
                 if sink.problem is not None:
@@ -275,10 +340,12 @@ class Run:
                 self.summary["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
             self._write_summary()
         finally:
+            self._log.detach()
             self._lock.release()
 
     def _write_summary(self) -> None:
-        write_json(self.folder / SUMMARY, self.summary)
+        with self._writing():
+            write_json(self.folder / SUMMARY, self.summary)
 
     def _open_rows(self) -> TextIO:
         if self._rows is None:
@@ -286,6 +353,34 @@ class Run:
                 f"run {self.run_id} is closed ({self.summary['status']}): nothing can be logged to it"
             )
         return self._rows
+
+
+def bury(folder: Path) -> bool:
+    """Mark a run whose process is certainly gone without a word as failed, with its last log lines; whether it was one.
+
+    What it has made is kept: the next process that opens the run goes on from there.
+    """
+    lock = RunLock(folder)
+    holder, summary = lock.holder(), read_summary(folder)
+    if summary is None or summary["status"] != "running" or holder is None or not is_stale(holder):
+        return False
+    lock.acquire()
+    try:
+        summary = read_summary(folder)
+        if summary is None or summary["status"] != "running":
+            return False
+        job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+        summary["status"], summary["finished"] = "failed", datetime.now(UTC).isoformat(timespec="seconds")
+        summary["failure"] = {
+            "kind": "killed",
+            "reason": f"its process ended without a word{job}: killed, out of memory, or the node was lost",
+            "where": None,
+            "log": last_lines(folder),
+        }
+        write_json(folder / SUMMARY, summary)
+    finally:
+        lock.release()
+    return True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fastar.metrics.bootstrap import Interval, interval, paired_difference
 from fastar.metrics.names import METRICS, decimals_of, shown_as
-from fastar.results.load import FAILURE
+from fastar.results.loading import FAILURE
 
 NOTHING = Interval(mean=float("nan"), low=float("nan"), high=float("nan"), n=0)
 

@@ -115,7 +115,7 @@ def report_on(
     Raises:
         ValueError: no runs, runs of several experiments, or `target` is no entity/project.
     """
-    from fastar.results.load import find_runs
+    from fastar.results.loading import find_runs
 
     entity, slash, project = target.partition("/")
     if not (entity and slash and project) or "/" in project:

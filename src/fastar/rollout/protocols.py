@@ -97,6 +97,7 @@ def lockstep_a(
     actions: Tensor | None,
     start: int,
     *,
+    done: int = 0,
     look_at: Collection[int] = (),
     probe: Probe | None = None,
 ) -> Iterator[tuple[int, str, Tensor]]:
@@ -105,10 +106,11 @@ def lockstep_a(
     `teacher`'s state holds a `TeeCache` whose followers are the caches of the `students`. Yields
     (first frame of the chunk, method, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on. Chunks
     that start at a frame of `look_at` are first denoised by the teacher, with the `probe` among its recorders active.
+    The first `done` chunks are committed and not denoised: only commits change a cache, so what follows is the same.
     """
     step = teacher.loop.chunk_frames
-    teacher.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
-    for first in range(start, trajectory.shape[1], step):
+    following = replay(teacher, trajectory, actions, start, done)
+    for first in range(following, trajectory.shape[1], step):
         part = slice(first, first + step)
         chunk_actions = None if actions is None else actions[:, part]
         for student in students.values():
@@ -123,13 +125,27 @@ def lockstep_a(
 
 
 def lockstep_b(
-    rollout: Rollout, trajectory: Tensor, actions: Tensor | None, start: int
+    rollout: Rollout, trajectory: Tensor, actions: Tensor | None, start: int, *, done: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """Protocol B: yields (first frame, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on."""
+    """Protocol B: yields (first frame, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on.
+
+    The first `done` chunks are committed and not denoised, as in `lockstep_a`.
+    """
     step = rollout.loop.chunk_frames
-    rollout.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
-    for first in range(start, trajectory.shape[1], step):
+    following = replay(rollout, trajectory, actions, start, done)
+    for first in range(following, trajectory.shape[1], step):
         part = slice(first, first + step)
         chunk_actions = None if actions is None else actions[:, part]
         yield first, rollout.denoise(chunk_actions)
         rollout.commit(trajectory[:, part], chunk_actions)
+
+
+def replay(rollout: Rollout, trajectory: Tensor, actions: Tensor | None, start: int, done: int) -> int:
+    """Commit the true history of `start` frames and the `done` chunks after it; the frame that comes next."""
+    step = rollout.loop.chunk_frames
+    rollout.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
+    following = start + done * step
+    for first in range(start, following, step):
+        part = slice(first, first + step)
+        rollout.commit(trajectory[:, part], None if actions is None else actions[:, part])
+    return following

@@ -107,7 +107,7 @@ class Mirror:
         self._run.define_metric("frame")
         self._run.define_metric("*", step_metric="frame")
         if options.mode == "online":
-            self.uploader = Uploader.of_process(options)
+            self.uploader = Uploader.of_process(options, self.folder)
             try:
                 self.uploader.send(self, Path(self._run.dir).parent, wandb.setup().settings.base_url)
             except OSError as error:

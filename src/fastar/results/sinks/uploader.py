@@ -24,13 +24,13 @@ class Uploader:
     _of_process: ClassVar[Optional["Uploader"]] = None
 
     @classmethod
-    def of_process(cls, options: "Options") -> "Uploader":
-        """The one uploader; only the worker's thread may ask for it."""
+    def of_process(cls, options: "Options", folder: Path) -> "Uploader":
+        """The one uploader; only the worker's thread may ask for it. A new one keeps wandb's logs in `folder`."""
         if cls._of_process is None or cls._of_process._owner != os.getpid():
-            cls._of_process = cls(options)
+            cls._of_process = cls(options, folder)
         return cls._of_process
 
-    def __init__(self, options: "Options") -> None:
+    def __init__(self, options: "Options", folder: Path) -> None:
         self._owner = os.getpid()
         self._mirrors: dict[str, Mirror] = {}
         self._said = "no reason given"
@@ -38,6 +38,7 @@ class Uploader:
         environment = {
             key: value for key, value in os.environ.items() if key not in ("WANDB_SERVICE", "WANDB_MODE")
         }
+        environment["WANDB_DIR"] = str(folder)  # or its logs would land where the command was started
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(CHILD), str(options.init_timeout), str(options.flush_seconds)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,

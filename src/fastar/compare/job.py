@@ -1,0 +1,50 @@
+"""One comparison, as a command of its own or as a job of a sweep."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from fastar.compare.command import check_writable, progress_bar, wide_console
+from fastar.compare.comparison import Comparison
+from fastar.compare.report import write_report
+from fastar.compare.session import open_session
+from fastar.sweep.records import JobRecord
+
+
+def compare(config: DictConfig, record: JobRecord | None = None, *, report: bool = True) -> None:
+    """All runs of `config`, and the report on them unless a sweep makes one of all its jobs."""
+    console = wide_console()
+    folder = Path(config.paths.outputs) / config.name
+    check_writable(folder)
+    comparison = Comparison(config, open_session(config))
+    if record is not None:
+        record.plan(comparison.planned())
+    with progress_bar(console) as progress:
+        task = progress.add_task("chunks", total=comparison.total_chunks)
+        comparison.advance = lambda chunks: progress.advance(task, chunks)
+        comparison.say = lambda line: progress.console.print(line, highlight=False, markup=False)
+        comparison.run()
+        progress.update(task, completed=comparison.total_chunks)
+    if report:
+        report_on(comparison)
+
+
+def report_on(comparison: Comparison) -> None:
+    """Tables, plots and videos of this comparison, shown and handed to the logger."""
+    config, identifier = comparison.config, comparison.report_id
+    folder = Path(config.paths.outputs) / config.name / f"report_{identifier}"
+    found = write_report(
+        folder,
+        comparison.runs,
+        methods=list(comparison.methods),
+        seed=comparison.seeds[0],
+        baseline=config.baseline,
+        budget_share=config.budget_share,
+    )
+    OmegaConf.save(config, found.folder / "config.yaml")
+    found.show(wide_console())
+    plain = OmegaConf.to_container(config, resolve=True)
+    labels = {"method": "comparison"}
+    summary = {"run_id": identifier, "experiment": config.name, "labels": labels, "config": plain}
+    found.mirror(instantiate(config.logger), summary)

@@ -1,0 +1,106 @@
+"""The runs of a comparison in the store: what identifies each of them, and how they are labelled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from fastar.compare import methods as method_nodes
+from fastar.compare.session import Session
+from fastar.results import Run, RunStore, run_id
+from fastar.results.provenance import device_name
+
+OWN_LENGTHS = ("clips", "frames", "history", "future")
+"""Settings of a data set that follow from those of the comparison."""
+
+
+class ComparisonRuns:
+    """Opens the runs of a comparison.
+
+    Args:
+        config: of conf/compare.yaml.
+        session: what it names, opened.
+        nodes: resolved nodes of all methods, by name.
+
+    Raises:
+        ValueError: a method names a file that is missing, damaged or of other weights.
+    """
+
+    def __init__(self, config: DictConfig, session: Session, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+        self.config, self.session, self.nodes = config, session, nodes
+        self.identities = {
+            name: method_nodes.identity_of(node, session.weights) for name, node in nodes.items()
+        }
+        self.budgeted = method_nodes.budgeted(config.methods)
+
+    def open(
+        self, name: str, protocol: str, seeds: Sequence[int], *, retry_failed: bool | None = None
+    ) -> Run:
+        """The run of a method, protocol and rollout; `retry_failed` as in the config unless given.
+
+        Raises:
+            RunLocked: another process is working on it.
+        """
+        config = self.config
+        store = RunStore(
+            config.paths.outputs,
+            config.name,
+            sinks=[instantiate(config.logger)],
+            force=config.force,
+            retry_failed=config.retry_failed if retry_failed is None else retry_failed,
+        )
+        return store.open(
+            **self._key(name, protocol, seeds),
+            labels=self.labels(name, protocol),
+            device=self.session.device,
+        )
+
+    def run_id(self, name: str, protocol: str, seeds: Sequence[int]) -> str:
+        """What `open` would find or make."""
+        key = self._key(name, protocol, seeds)
+        return run_id(key.pop("config"), **key)
+
+    def labels(self, name: str, protocol: str) -> dict[str, Any]:
+        """Columns of a run in the loaded table: method, protocol, backbone, its budget, and those in `columns`."""
+        config = self.config
+        labels: dict[str, Any] = {"method": name, "protocol": protocol, "backbone": config.backbone.name}
+        if name in self.budgeted:
+            labels["budget_share"] = float(config.budget_share)
+        for column, path in config.columns.items():
+            found = method_nodes.setting(self.nodes[name], path)
+            if found is not None:
+                labels[column] = found
+        return labels
+
+    def shared(self, batch: int) -> dict[str, Any]:
+        """What decides the numbers besides method, protocol, seeds and weights."""
+        config = self.config
+        data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
+        return {
+            "source": config.source,
+            "data": {key: value for key, value in data.items() if key not in OWN_LENGTHS},
+            "prefill_frames": config.prefill_frames,
+            "frames": config.frames,
+            "rollout": OmegaConf.to_container(config.rollout, resolve=True),
+            "metrics": OmegaConf.to_container(config.metrics, resolve=True),
+            "warmup_chunks": config.warmup_chunks,
+            "dtype": config.dtype,
+            "batch": batch,
+        }
+
+    def _key(self, name: str, protocol: str, seeds: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `fastar.results.run_id`."""
+        timed = protocol == "C"
+        identity = {"protocol": protocol, "method": self.identities[name], **self.shared(len(seeds))}
+        if protocol == "A":
+            identity["attention_chunks"] = self.config.attention_chunks
+        if timed and self.session.device.type == "cpu":
+            identity["threads"] = torch.get_num_threads()
+        return {
+            "config": identity,
+            "seed": list(seeds) if len(seeds) > 1 else seeds[0],
+            "checkpoint_sha256": self.session.weights,
+            "timing_device": device_name(self.session.device) if timed else None,
+        }

@@ -1,0 +1,56 @@
+"""The end of a sweep: what came of its jobs, and one report on all of their runs."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from fastar.compare.command import wide_console
+from fastar.compare.report import write_report
+from fastar.sweep.status import STATES, Survey, count_rows, rerun_commands, survey
+
+
+def finish_sweep(config: DictConfig, launch: str) -> bool:
+    """Show the state of this launch's jobs and write the report; whether everything is done."""
+    console = wide_console()
+    experiment = Path(config.paths.outputs) / config.name
+    found = survey(experiment, launch=launch)
+    folders = [experiment / run["run_id"] for run in found.runs if run["state"] in ("done", "failed")]
+    if any(run["state"] == "done" for run in found.runs):
+        write_report(
+            experiment / "report",
+            folders,
+            methods=list(config.methods),
+            seed=config.seeds[0] if not isinstance(config.seeds, int) else 0,
+            baseline=config.baseline,
+            budget_share=config.budget_share,
+            remember=False,
+        ).show(console)
+    show_status(found, console)
+    return not found.unfinished
+
+
+def show_status(found: Survey, console: Console) -> None:
+    """Runs by method and state, what failed and why, and the commands for the rest."""
+    table = Table(title="runs", title_justify="left", header_style="bold")
+    for name in ("protocol", "method", *STATES):
+        table.add_column(name, justify="left" if name in ("protocol", "method") else "right")
+    for row in count_rows(found.runs):
+        table.add_row(*(str(value or "") for value in row.values()))
+    if found.runs:
+        console.print(table)
+    for run in (run for run in found.runs if run["state"] == "failed"):
+        console.print(f"failed: {run['method']}, protocol {run['protocol']}, seeds {run['seeds']}: {run['reason']}",
+                      highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+    for record, _ in found.jobs:
+        if record.failure is not None:
+            console.print(f"failed: {' '.join(record.overrides)}: {record.failure['reason']}",
+                          highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+    states = [state for _, state in found.jobs]
+    told = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
+    console.print(f"{len(states)} jobs: {told}; {len(found.runs)} runs known, {found.counts()['done']} done")
+    if found.unfinished:
+        console.print("to do what is not done (what is done is skipped):")
+        for command in rerun_commands(found.unfinished):
+            console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)

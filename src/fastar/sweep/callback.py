@@ -1,0 +1,53 @@
+"""Hydra's hooks around a sweep: its jobs are written down before the first begins; at the end there is one report."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from fastar.results.launch import launch_id
+from fastar.sweep.records import record_of
+
+
+class SweepCallback(Callback):
+    """Named in conf/compare.yaml under hydra.callbacks."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write a record for every job, so that what was never begun is known to be missing."""
+        launch_id()  # in the environment before any job is started
+        experiment = Path(config.paths.outputs) / config.name
+        for overrides in expand(config):
+            record = record_of(experiment, program_of(config), overrides)
+            record.launch = launch_id()
+            record.save()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Show what came of the jobs, and one report on all of their runs; exit status 1 if something is missing."""
+        from fastar.compare.sweep_report import finish_sweep
+
+        if not finish_sweep(config, launch_id()):
+            sys.exit(1)
+
+
+def program_of(config: DictConfig) -> str:
+    """File name of the entry point."""
+    return f"{config.hydra.job.name}.py"
+
+
+def expand(config: DictConfig) -> list[list[str]]:
+    """The overrides of each job of a multirun by Hydra's basic sweeper; none for others, which decide as they go.
+
+    Swept values come from the command line and from `hydra.sweeper.params`, as in Hydra itself.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+        return []
+    given: Any = config.hydra.sweeper.get("params") or {}
+    lines = [f"{name}={values}" for name, values in given.items()] + list(config.hydra.overrides.task)
+    overrides = OverridesParser.create().parse_overrides(lines)
+    [jobs] = BasicSweeper.split_arguments(overrides, None)
+    return [list(job) for job in jobs]

@@ -1,0 +1,68 @@
+"""Around the work of one job, in whatever way it was started: errors, signals, its record."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fastar.interruption import Interrupted, listening, requeue
+from fastar.results.files import unwritable
+from fastar.sweep.devices import claim_gpu, is_worker
+from fastar.sweep.records import JobRecord, record_of, take
+
+log = logging.getLogger(__name__)
+
+CAN_BE_PUT_RIGHT = (ValueError, FileNotFoundError)
+"""Errors that a person can put right: told in their one sentence."""
+
+
+def run_job(config: DictConfig, program: str, work: Callable[[DictConfig, JobRecord], None]) -> None:
+    """Do `work` with its record.
+
+    An error ends a single command with one sentence. In a sweep it is recorded, told, and the sweep goes on. If the
+    process is asked to stop, the job goes back to Slurm's queue, if that is where it came from.
+    """
+    hydra = HydraConfig.get()
+    sweeping = hydra.mode == RunMode.MULTIRUN
+    with listening():
+        claim_gpu()
+        experiment = Path(config.paths.outputs) / config.name
+        record = record_of(experiment, program, list(hydra.overrides.task))
+        try:
+            lock = take(record, os.environ.get("SLURM_JOB_ID"))
+        except OSError as error:
+            raise SystemExit(f"error: {unwritable(experiment, error)}") from error
+        status = "failed"
+        try:
+            work(config, record)
+            status = "done"
+        except Interrupted as error:
+            status = "interrupted"
+            log.warning("%s", error)
+            raise
+        except KeyboardInterrupt as error:
+            status = "interrupted"
+            raise SystemExit("interrupted: the same command goes on where this one stopped") from error
+        except CAN_BE_PUT_RIGHT as error:
+            record.fail(error)
+            if not sweeping:
+                raise SystemExit(f"error: {error}") from error
+            log.error("%s: %s", " ".join(record.overrides), error)
+        except Exception as error:
+            record.fail(error)
+            if not sweeping:
+                raise
+            log.exception("%s", " ".join(record.overrides))
+        finally:
+            if lock is not None:
+                record.status = status
+                try:
+                    record.save()
+                finally:
+                    lock.release()
+            if status == "interrupted" and not is_worker():
+                log.warning("%s", requeue())

@@ -1,0 +1,111 @@
+"""`launcher=processes`: Hydra's joblib launcher, with a GPU for each process, and a sweep that outlives its workers."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from fastar.interruption import SIGNALS, Interrupted, requeue
+from fastar.sweep.devices import GPUS, LAUNCHER, PER_GPU, visible_gpus
+from fastar.sweep.records import JOBS, job_key, read_record
+from fastar.sweep.status import bury_dead
+
+log = logging.getLogger(__name__)
+
+
+class ProcessesLauncher(Launcher):
+    """Several processes on this machine.
+
+    Args:
+        n_jobs: how many at a time; -1 for `per_gpu` a GPU, or, where there are none, one a core.
+        per_gpu: processes that share a GPU.
+        joblib: further settings of `joblib.Parallel`.
+    """
+
+    def __init__(self, *, n_jobs: int = -1, per_gpu: int = 1, **joblib: Any) -> None:
+        self.n_jobs, self.per_gpu, self.joblib = n_jobs, per_gpu, joblib
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `launch`."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """All jobs. If a worker is killed, its job is noted as failed and the others go on in new workers."""
+        try:
+            from hydra_plugins.hydra_joblib_launcher import _core
+            from joblib.externals.loky.process_executor import TerminatedWorkerError
+        except ImportError as error:
+            raise SystemExit(
+                "error: launcher=processes needs Hydra's joblib launcher: pip install 'fastar[launchers]'"
+            ) from error
+        gpus = visible_gpus()
+        if self.n_jobs == -1:
+            self.joblib["n_jobs"] = len(gpus) * self.per_gpu or len(os.sched_getaffinity(0))
+        else:
+            self.joblib["n_jobs"] = self.n_jobs
+        os.environ |= {LAUNCHER: str(os.getpid()), GPUS: ",".join(gpus), PER_GPU: str(self.per_gpu)}
+        experiment = Path(str(self.config.paths.outputs)) / str(self.config.name)
+        todo = list(job_overrides)
+        while todo:
+            try:
+                with signals_forwarded():
+                    _core.launch(launcher=self, job_overrides=todo, initial_job_idx=initial_job_idx)
+                break
+            except TerminatedWorkerError as error:
+                bury_dead(experiment)
+                left = [overrides for overrides in todo if is_waiting(experiment, overrides)]
+                if len(left) == len(todo):
+                    raise
+                log.error("a worker process was killed (%s): %d jobs go on", first_line(error), len(left))
+                todo = left
+        return [job_return(overrides) for overrides in job_overrides]
+
+
+def is_waiting(experiment: Path, overrides: Sequence[str]) -> bool:
+    """Whether a job has still to be done: it was not begun, or stopped without having failed."""
+    record = read_record(experiment / JOBS / job_key(overrides))
+    return record is not None and record.status in ("waiting", "interrupted")
+
+
+def job_return(overrides: Sequence[str]) -> JobReturn:
+    """What Hydra wants to see of a job; what came of it says its record."""
+    returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+    returned.return_value = None
+    return returned
+
+
+@contextmanager
+def signals_forwarded() -> Iterator[None]:
+    """Signals to stop go on to the workers, which save and end; then this process does, back to the queue if any."""
+    received: list[signal.Signals] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    earlier = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield
+    except BaseException:
+        if received:
+            log.warning("%s", requeue())
+            raise Interrupted(received[0]) from None
+        raise
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
