@@ -19,7 +19,7 @@ from fastar.results.loading import FAILURE
 from tests.experiments.conftest import ROOT, values
 
 Tiny = Callable[..., DictConfig]
-TIMED = ("_s", "fps", "latency", "peak")
+TIMED = ("_s", "fps", "latency", "peak", "speedup")
 
 
 def run(config: DictConfig) -> Comparison:
@@ -65,6 +65,31 @@ def test_protocols_agree_where_they_must(tiny: Tiny, tmp_path: Path) -> None:
     frames = rows.loc[(rows["metric"] == "chunk_s") & (rows["method"] == "dense"), "frame"]
     assert frames.tolist() == [16, 20]
     assert len(values(rows, "revisit_psnr", method="empty")) == 3  # one a protocol
+
+
+def test_speed_up_is_over_dense_of_the_same_seeds(tiny: Tiny, tmp_path: Path) -> None:
+    for method, seed in (("window", 0), ("dense", 0), ("dense", 1), ("empty", 1), ("empty", 2)):
+        run(tiny(f"method=[{method}]", "protocols=[C]", f"seeds=[{seed}]", "warmup_chunks=1"))
+    rows = load(tmp_path)
+    for seed, method in (
+        (0, "window"),
+        (0, "dense"),
+        (1, "dense"),
+        (2, "empty"),
+    ):  # dense was not there, or is it
+        part = rows[(rows["seed"] == seed) & (rows["method"] == method)]
+        assert len(part) and not part["metric"].str.startswith("speedup").any(), (seed, method)
+    mine, dense = (rows[(rows["seed"] == 1) & (rows["method"] == method)] for method in ("empty", "dense"))
+    walls = zip(values(dense, "chunk_s"), values(mine, "chunk_s"), strict=True)
+    assert values(mine, "speedup/dense") == pytest.approx([slow / fast for slow, fast in walls])
+    ratio = values(mine, "fps/steady")[0] / values(dense, "fps/steady")[0]
+    assert values(mine, "speedup/dense/steady") == pytest.approx([ratio])
+    run(tiny("method=[window]", "protocols=[C]", "seeds=[0]", "warmup_chunks=2"))  # dense had other settings
+    assert not load(tmp_path).query("method == 'window'")["metric"].str.startswith("speedup").any()
+    config = tiny("method=[dense,empty]", "protocols=[C]", "seeds=[1]", "warmup_chunks=1")
+    compare(config)
+    [report] = (tmp_path / "compare").glob("report_*")
+    assert "| speedup/dense/steady ↑ |" in (report / "results.md").read_text()
 
 
 def test_equal_bytes_by_construction(tiny: Tiny, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ def test_rates_by_hand() -> None:
     assert (found.denoise, found.commit, found.decode) == pytest.approx((12 / 1.5, 12 / 2.25, 12 / 3))
     assert found.end_to_end == pytest.approx(3) and found.latency_p50 == 1.5
     assert found.rows("/steady").keys() >= {"fps/steady", "fps_denoise/steady", "latency_p99/steady"}
-    assert chunks[0].rows() == {"denoise_s": 0.5, "commit_s": 0.25, "decode_s": 0.25, "chunk_s": 1.0}
+    parts = {"denoise_s": 0.5, "commit_s": 0.25, "decode_s": 0.25}
+    assert chunks[0].rows() == {**parts, "chunk_s": 1.0, "fps_chunk": 4.0}
 
 
 def test_p99_is_near_the_slowest() -> None:
@@ -74,3 +75,18 @@ def test_peak_memory_sees_a_passing_tensor(device: torch.device) -> None:
     peak.start()
     if peak.since_start:
         assert peak.rows()["peak_allocated"] - before < 50 * 2**20
+
+
+def test_peak_memory_by_chunk_keeps_the_largest(device: torch.device) -> None:
+    peak, found = PeakMemory(device), []
+    peak.start()
+    for size in (16, 64, 16):  # MiB / 4
+        block = torch.ones(size, 2**20, device=device)
+        del block
+        found.append(peak.chunk_rows().get("peak_chunk"))
+    whole = peak.rows()["peak_allocated"]
+    if not peak.since_start:
+        assert found == [None] * 3
+        return
+    assert found[1] is not None and found[2] is not None and whole >= found[1]
+    assert found[1] - found[2] > 100 * 2**20

@@ -11,6 +11,7 @@ from fastar import interruption
 from fastar.compare.clips import Clips
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
+from fastar.compare.speedup import baseline_of
 from fastar.metrics.efficiency import ChunkTimes, PassTimer, PeakMemory
 from fastar.results.store import Run
 from fastar.rollout.method import Method
@@ -41,19 +42,20 @@ def free_run(
 ) -> Generated:
     """Generate the rest of `clips` from their true beginning, and log everything to `run`.
 
-    Every `save_every` chunks, and when the process is asked to stop, the rollout's state is kept; a run that finds one
-    goes on from there and ends at the same bits. `advance` is called after each chunk, also for those that an earlier
-    process made.
+    Every `save_every` chunks (of a long run: every tenth of what is made), and when the process is asked to stop, the
+    rollout's state is kept; a run that finds one goes on from there and ends at the same bits. `advance` is called
+    after each chunk, also for those that an earlier process made.
 
     Raises:
         Interrupted: the process was asked to stop, and the state is kept.
     """
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
-    memory = PeakMemory(session.device)
+    memory, baseline = PeakMemory(session.device), baseline_of(run)
     memory.start()
     rollout = session.start(method, seeds, timer=timer, recorders=[scorer.density])
     scorer.started(rollout)
     latents, shown = _begin(session, rollout, clips, run, timer)
+    kept = len(latents)
     for _ in latents:
         advance()
     while rollout.next_frame < clips.frames.shape[1]:
@@ -66,18 +68,22 @@ def free_run(
         latents.append(chunk.cpu())
         shown.append(pixels)
         number = len(latents) - 1
-        run.log(timer.chunks[-1].rows(), chunk=number, frame=first)
+        took = timer.chunks[-1]
+        rows = {**took.rows(), **memory.chunk_rows(), **baseline.chunk_rows(number, took.wall)}
+        run.log(rows, chunk=number, frame=first)
         scorer.cost(first, rollout)
         scorer.chunk(first, chunk, pixels)
-        due = len(latents) % save_every == 0 or interruption.requested()
+        # the state holds all that was made: kept at growing distances, so that long runs do not spend their time on it
+        due = number + 1 - kept >= max(save_every, (number + 1) // 10) or interruption.requested()
         if due and rollout.next_frame < clips.frames.shape[1]:
-            times = [asdict(chunk_times) for chunk_times in timer.chunks]
+            kept, times = number + 1, [asdict(chunk_times) for chunk_times in timer.chunks]
             made = torch.cat(latents, dim=1)
             run.save_state({"rollout": rollout.state_dict(), "latents": made, "times": times})
         advance()
     run.log(timer.whole_run().rows())
     if len(timer.chunks) > timer.warmup:
-        run.log(timer.steady_state().rows("/steady"))
+        steady = timer.steady_state()
+        run.log({**steady.rows("/steady"), **baseline.steady_rows(steady.end_to_end)})
     run.log(memory.rows())
     result = Generated(torch.cat(latents, 1), torch.cat(shown, 1))
     scorer.clip(result.shown)

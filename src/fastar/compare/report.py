@@ -21,7 +21,10 @@ from fastar.results.tables import differences, failures, pivot, spread, to_markd
 
 QUALITY = ("psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr", "output_error", "recall")
 MEMORY = ("cache_bytes/end", "byte_share/end", "slot_share/end", "density", "peak_allocated")
-SPEED = ("fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "latency_p50/steady")
+SPEED = (
+    "fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "latency_p50/steady",
+    "speedup/dense/steady",
+)  # fmt: skip
 TABLES = {"quality": QUALITY, "memory and work": MEMORY, "speed": SPEED}
 SUMMARY = ("byte_share/end", "slot_share/end", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall")
 COMPARED = ("psnr", "revisit_psnr")

@@ -27,7 +27,8 @@ class ChunkTimes:
 
     def rows(self) -> dict[str, float]:
         """Metrics of this chunk for the store."""
-        return {**{f"{part}_s": seconds for part, seconds in self.parts.items()}, "chunk_s": self.wall}
+        parts = {f"{part}_s": seconds for part, seconds in self.parts.items()}
+        return {**parts, "chunk_s": self.wall, "fps_chunk": self.frames / self.wall}
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,27 @@ class PeakMemory:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.since_start = True
+        self._earlier: dict[str, float] = {}
 
     def start(self) -> None:
         """Begin a new peak."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self._earlier = {}
+        self._reset()
+
+    def rows(self) -> dict[str, float]:
+        """Metrics for the store, in bytes, since `start`: peak_allocated, and on a GPU peak_reserved."""
+        return {name: max(value, self._earlier.get(name, 0.0)) for name, value in self._peaks().items()}
+
+    def chunk_rows(self) -> dict[str, float]:
+        """peak_chunk, in bytes: the peak since the last call, or since `start`; nothing if peaks cannot be reset."""
+        peaks, self._earlier = self._peaks(), self.rows()
+        self._reset()
+        return {"peak_chunk": peaks["peak_allocated"]} if self.since_start else {}
+
+    def _reset(self) -> None:
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         try:
@@ -180,8 +197,7 @@ class PeakMemory:
         except OSError:
             self.since_start = False
 
-    def rows(self) -> dict[str, float]:
-        """Metrics for the store, in bytes: peak_allocated, and on a GPU peak_reserved."""
+    def _peaks(self) -> dict[str, float]:
         if self.device.type == "cuda":
             return {
                 "peak_allocated": float(torch.cuda.max_memory_allocated(self.device)),

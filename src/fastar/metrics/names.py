@@ -41,6 +41,7 @@ METRICS: dict[str, MetricInfo] = {
     "peak_allocated": MetricInfo(
         "B", "lower", 1, "peak memory: allocated on the GPU, or resident set of the process"
     ),
+    "peak_chunk": MetricInfo("B", "lower", 1, "as peak_allocated, of one chunk"),
     "peak_reserved": MetricInfo("B", "lower", 1, "peak memory the GPU allocator reserved"),
     # speed
     "prefill_s": MetricInfo("s", "lower", 2, "time of pushing the true history through the commit pass"),
@@ -52,6 +53,13 @@ METRICS: dict[str, MetricInfo] = {
     "fps_commit": MetricInfo("1/s", "higher", 2, "video frames per second, denoise + commit"),
     "fps_decode": MetricInfo("1/s", "higher", 2, "video frames per second, denoise + commit + decode"),
     "fps": MetricInfo("1/s", "higher", 2, "video frames per second, end to end"),
+    "fps_chunk": MetricInfo("1/s", "higher", 2, "video frames per second of one chunk, end to end"),
+    "speedup": MetricInfo(
+        "",
+        "higher",
+        2,
+        "times as fast as the method named after the slash, same seeds and machine, end to end",
+    ),
     "latency_p50": MetricInfo("s", "lower", 4, "median wall time of a chunk"),
     "latency_p99": MetricInfo("s", "lower", 4, "99th percentile of a chunk's wall time"),
 }
