@@ -158,7 +158,11 @@ def command_of(experiment: Path) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
-@pytest.mark.parametrize("extra", [[], ["debug=tiny"], ["launcher=local"], ["launcher=slurm"]], ids=["as-is", "tiny", "local", "slurm"])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["debug=tiny"], ["launcher=local"], ["launcher=slurm"]],
+    ids=["as-is", "tiny", "local", "slurm"],
+)
 def test_experiment_composes(path: Path, extra: list[str], composed: Callable[..., DictConfig]) -> None:
     name, overrides = command_of(path)
     config = composed(name, *overrides, *extra)

@@ -7,8 +7,8 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig
 
-from fastar.compare import calibration as calibrate
 from fastar.cache import HeadErrors
+from fastar.compare import calibration as calibrate
 from fastar.compare.job import compare
 from fastar.results import load
 from tests.experiments.conftest import command, noise_clips, values
