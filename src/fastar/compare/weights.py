@@ -13,7 +13,7 @@ from fastar.backbones import Backbone
 from fastar.results.provenance import device_name
 
 LARGE = 100_000_000
-"""Parameters from which weights are drawn on the device itself; a CPU takes a minute a billion."""
+"""Parameters from which weights are drawn on the device itself: one core takes half a minute for a billion."""
 
 
 def random_backbone(config: DictConfig, device: torch.device, seed: int = 0) -> Backbone:
