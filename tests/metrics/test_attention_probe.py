@@ -16,6 +16,7 @@ from fastar.cache import CachePolicy, DenseCache, EmptyCache, TempCache, WindowC
 from fastar.cache.slots import pack_positions
 from fastar.compare.lockstep import evenly
 from fastar.engines.reference import attention_weights
+from fastar.metrics import attention
 from fastar.metrics.attention import AttentionProbe
 from fastar.rollout.protocols import TeeCache, lockstep_a
 from fastar.sparsity import RandomBlocks, Selector
@@ -115,3 +116,25 @@ def test_a_selector_loses_what_it_does_not_compute(backbone: Backbone) -> None:
 )
 def test_chunks_to_look_at_are_spread_and_end_with_the_last(count: int, expected: list[int]) -> None:
     assert evenly(8, 24, 4, count) == expected
+
+
+def test_heads_taken_in_parts_score_the_same(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores() -> dict[str, dict[str, list[float]]]:
+        def blocks() -> RandomBlocks:
+            return RandomBlocks(density=0.5, block_q=4, block_k=4)
+
+        return look(
+            backbone,
+            {
+                "tempcache": (TempCache(budget_frames=6), {}),
+                "blocks": (DenseCache(**FLOAT), {"selector": blocks}),
+            },
+        )[0]
+
+    whole = scores()
+    monkeypatch.setattr(attention, "LARGEST", 1)
+    parts = scores()
+    for name, found in whole.items():
+        assert 0 < found["recall"][0] < 1
+        for metric, numbers in found.items():
+            assert parts[name][metric] == pytest.approx(numbers, rel=1e-5)

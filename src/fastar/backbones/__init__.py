@@ -5,6 +5,7 @@ sparsity method.
 from fastar.backbones.autoencoder import Autoencoder, AutoencoderConfig
 from fastar.backbones.base import Backbone, BackboneConfig, build_backbone
 from fastar.backbones.checkpoint import load_backbone, save_backbone
+from fastar.backbones.prompts import Prompts
 from fastar.backbones.wan.config import WanConfig
 from fastar.backbones.wan.transformer import CausalWanTransformer
 
@@ -14,6 +15,7 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "CausalWanTransformer",
+    "Prompts",
     "WanConfig",
     "build_backbone",
     "load_backbone",

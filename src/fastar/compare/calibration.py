@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 
 from fastar.cache import HeadErrors
-from fastar.compare.clips import load_clips
+from fastar.compare.clips import check_source, load_clips
 from fastar.compare.command import check_writable, progress_bar, wide_console
 from fastar.compare.session import open_session
 from fastar.metrics.forgetting import ForgettingProbe
@@ -22,6 +22,7 @@ def calibrate(config: DictConfig) -> HeadErrors:
     """The errors of all heads, also written to `output`."""
     check_writable(Path(config.output).parent, "output")
     session, console = open_session(config), wide_console()
+    check_source(config.data, config.source, session.backbone.config)
     transformer, layers = session.backbone.transformer, session.backbone.config.transformer.num_layers
     probe = ForgettingProbe(
         [transformer.get_parameter(f"blocks.{layer}.self_attn.o.weight") for layer in range(layers)],
@@ -35,11 +36,10 @@ def calibrate(config: DictConfig) -> HeadErrors:
             clips = load_clips(
                 config.data, config.source, [seed], prefill=config.prefill_frames, generated=config.frames
             )
-            rollout = session.start(Method(name="dense"), [seed], recorders=[probe])
-            latents = session.encode(clips.frames[:, : clips.prefill])
-            rollout.prefill(latents, clips.actions[:, : clips.prefill])
+            rollout = session.start(Method(name="dense"), [seed], prompts=clips.prompts, recorders=[probe])
+            rollout.prefill(session.beginning(clips), clips.actions_in(slice(clips.prefill)))
             probe.active = True
-            for _ in rollout.generate(config.frames, clips.actions[:, clips.prefill :]):
+            for _ in rollout.generate(config.frames, clips.actions_in(slice(clips.prefill, None))):
                 pass
             probe.active = False
             progress.advance(task)

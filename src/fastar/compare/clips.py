@@ -8,6 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fastar.backbones import BackboneConfig, Prompts
+from fastar.compare.latents import LatentClips, noise_clips
 from fastar.data.doom.dataset import DoomClips, render_clip
 from fastar.data.doom.env import DoomWorlds
 from fastar.data.doom.policy import Walk
@@ -15,7 +17,8 @@ from fastar.data.doom.returns import ReturnClips
 from fastar.metrics.revisit import masked_psnr
 from fastar.sparsity.base import check_choice
 
-SOURCES = ("returns", "heldout")
+RENDERED = ("returns", "heldout")
+SOURCES = (*RENDERED, "noise")
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Clips:
         prefill: frames that a rollout is given.
         return_frames: int64 [B, R], absolute indices of frames in which seen pixels return; None for other clips.
         return_masks: bool [B, R, H, W], those pixels.
+        prompts: one per video; None for a backbone that reads no text.
     """
 
     frames: Tensor
@@ -34,6 +38,20 @@ class Clips:
     prefill: int
     return_frames: Tensor | None = None
     return_masks: Tensor | None = None
+    prompts: Prompts | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.frames)
+
+    @property
+    def end(self) -> int:
+        """Frames of the whole clip, the generated ones included."""
+        return self.frames.shape[1]
+
+    def actions_in(self, part: slice) -> Tensor | None:
+        """Actions of the frames of `part`."""
+        return self.actions[:, part]
 
     @property
     def truth(self) -> Tensor:
@@ -49,13 +67,39 @@ class Clips:
         return masked_psnr(picked, self.frames[rows, self.return_frames], self.return_masks)
 
 
-def load_clips(data: DictConfig, source: str, seeds: Sequence[int], *, prefill: int, generated: int) -> Clips:
-    """The clips number `seeds` of a source in conf/data, rendered now.
+AnyClips = Clips | LatentClips
+
+
+def check_source(data: DictConfig, source: str, backbone: BackboneConfig) -> None:
+    """Raise a ValueError if `data` has no clips of that `source`, or the backbone cannot see their pixels."""
+    check_choice("source", source, SOURCES)
+    if source in RENDERED and backbone.autoencoder is None:
+        raise ValueError(
+            f"the backbone '{backbone.name}' has no autoencoder to see the pixels of source={source} with: use "
+            "source=noise, or a workload that is made for it (conf/workload)"
+        )
+    if source not in data:
+        raise ValueError(f"data={data.name} has no clips of source={source}: choose another one of conf/data")
+
+
+def load_clips(
+    data: DictConfig, source: str, seeds: Sequence[int], *, prefill: int, generated: int
+) -> AnyClips:
+    """The clips number `seeds` of a source in conf/data, made now.
 
     Raises:
         ValueError: an unknown source, or no such clip has enough returning frames.
     """
     check_choice("source", source, SOURCES)
+    if source == "noise":
+        return noise_clips(data.noise, seeds, prefill=prefill, generated=generated)
+    return render_clips(data, source, seeds, prefill=prefill, generated=generated)
+
+
+def render_clips(
+    data: DictConfig, source: str, seeds: Sequence[int], *, prefill: int, generated: int
+) -> Clips:
+    """The clips number `seeds` of a source with pixels, rendered now."""
     if source == "returns":
         dataset = instantiate(data.returns, history=prefill, future=generated, clips=max(seeds) + 1)
         items = [_render_return(dataset, seed) for seed in seeds]

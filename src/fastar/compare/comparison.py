@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastar import engines, interruption
 from fastar.compare import methods as method_nodes
-from fastar.compare.clips import SOURCES, Clips, load_clips
+from fastar.compare.clips import AnyClips, check_source, load_clips
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
 from fastar.compare.runs import ComparisonRuns
@@ -58,12 +58,12 @@ class Group:
     """
 
     seeds: list[int]
-    load: Callable[[Sequence[int]], Clips]
+    load: Callable[[Sequence[int]], AnyClips]
     waits: bool
     reference: Tensor | None = None
 
     @cached_property
-    def clips(self) -> Clips:
+    def clips(self) -> AnyClips:
         return self.load(self.seeds)
 
 
@@ -232,7 +232,7 @@ class Comparison:
     def _trajectory(self, group: Group) -> Tensor:
         if group.reference is None:
             raise ValueError(f"there is no dense trajectory: the method '{REFERENCE}' failed for these seeds")
-        given = self.session.encode(group.clips.frames[:, : group.clips.prefill])
+        given = self.session.beginning(group.clips)
         return torch.cat([given, group.reference], dim=1)
 
     # -- runs of the store -----------------------------------------------------------------------------------------
@@ -287,6 +287,8 @@ class Comparison:
         return Scorer(run, self.session, group.clips, self.metrics, group.reference)
 
     def _keep_videos(self, run: Run, group: Group, result: Generated) -> None:
+        if result.shown is None or group.clips.truth is None:
+            return
         shown = set(self.seeds[: self.config.videos])
         for clip, seed in enumerate(group.seeds):
             if seed in shown:
@@ -294,7 +296,7 @@ class Comparison:
                     path = run.videos / f"{name}_seed{seed}.mp4"
                     write_mp4(path, upscale(frames[clip], VIDEO_SCALE), crf=12)
 
-    def _load_clips(self, seeds: Sequence[int]) -> Clips:
+    def _load_clips(self, seeds: Sequence[int]) -> AnyClips:
         config = self.config
         return load_clips(
             config.data, config.source, seeds, prefill=config.prefill_frames, generated=config.frames
@@ -308,7 +310,7 @@ class Comparison:
 
     def _check(self) -> None:
         config, chunk = self.config, self.session.chunk
-        check_choice("source", config.source, SOURCES)
+        check_source(config.data, config.source, self.session.backbone.config)
         for method in self.methods.values():
             if method.engine != "auto":
                 engines.get(method.engine)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastar import interruption
-from fastar.compare.clips import Clips
+from fastar.compare.clips import AnyClips
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.compare.speedup import baseline_of
@@ -22,16 +22,16 @@ Advance = Callable[[], None]
 
 @dataclass
 class Generated:
-    """Latents [B, n, C, h, w] and what they look like, uint8 [B, n, H, W, 3] on the CPU."""
+    """Latents [B, n, C, h, w] and what they look like, uint8 [B, n, H, W, 3] on the CPU; None without pixels."""
 
     latents: Tensor
-    shown: Tensor
+    shown: Tensor | None
 
 
 def free_run(
     session: Session,
     method: Method,
-    clips: Clips,
+    clips: AnyClips,
     seeds: Sequence[int],
     run: Run,
     scorer: Scorer,
@@ -52,19 +52,19 @@ def free_run(
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
     memory, baseline = PeakMemory(session.device), baseline_of(run)
     memory.start()
-    rollout = session.start(method, seeds, timer=timer, recorders=[scorer.density])
+    rollout = session.start(method, seeds, prompts=clips.prompts, timer=timer, recorders=[scorer.density])
     scorer.started(rollout)
-    latents, shown = _begin(session, rollout, clips, run, timer)
+    latents = _begin(session, rollout, clips, run, timer)
+    shown = [session.show(clips, chunk.to(session.device)) for chunk in latents]
     kept = len(latents)
     for _ in latents:
         advance()
-    while rollout.next_frame < clips.frames.shape[1]:
+    while rollout.next_frame < clips.end:
         interruption.check()
         first = rollout.next_frame
         with timer.chunk(frames=session.chunk):
-            chunk = rollout.step(clips.actions[:, first : first + session.chunk])
-            with timer.measure("decode"):
-                pixels = session.decode(chunk)
+            chunk = rollout.step(clips.actions_in(slice(first, first + session.chunk)))
+            pixels = session.show(clips, chunk, timer)
         latents.append(chunk.cpu())
         shown.append(pixels)
         number = len(latents) - 1
@@ -75,7 +75,7 @@ def free_run(
         scorer.chunk(first, chunk, pixels)
         # the state holds all that was made: kept at growing distances, so that long runs do not spend their time on it
         due = number + 1 - kept >= max(save_every, (number + 1) // 10) or interruption.requested()
-        if due and rollout.next_frame < clips.frames.shape[1]:
+        if due and rollout.next_frame < clips.end:
             kept, times = number + 1, [asdict(chunk_times) for chunk_times in timer.chunks]
             made = torch.cat(latents, dim=1)
             run.save_state({"rollout": rollout.state_dict(), "latents": made, "times": times})
@@ -85,22 +85,19 @@ def free_run(
         steady = timer.steady_state()
         run.log({**steady.rows("/steady"), **baseline.steady_rows(steady.end_to_end)})
     run.log(memory.rows())
-    result = Generated(torch.cat(latents, 1), torch.cat(shown, 1))
+    result = Generated(torch.cat(latents, 1), session.joined(shown))
     scorer.clip(result.shown)
     return result
 
 
-def _begin(
-    session: Session, rollout: Rollout, clips: Clips, run: Run, timer: PassTimer
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Bring a fresh rollout to where the run is: after the true beginning, or after the chunks already made."""
+def _begin(session: Session, rollout: Rollout, clips: AnyClips, run: Run, timer: PassTimer) -> list[Tensor]:
+    """Bring a fresh rollout to where the run is: after the true beginning, or after the chunks already made: those."""
     if run.has_state:
         state = run.load_state()
         rollout.load_state_dict(state["rollout"])
         timer.chunks.extend(ChunkTimes(**times) for times in state["times"])
-        latents = list(state["latents"].split(session.chunk, dim=1))
-        return latents, [session.decode(chunk.to(session.device)) for chunk in latents]
+        return list(state["latents"].split(session.chunk, dim=1))
     start = time.perf_counter()
-    rollout.prefill(session.encode(clips.frames[:, : clips.prefill]), clips.actions[:, : clips.prefill])
+    rollout.prefill(session.beginning(clips), clips.actions_in(slice(clips.prefill)))
     run.log({"prefill_s": time.perf_counter() - start})
-    return [], []
+    return []

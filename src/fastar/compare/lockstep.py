@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastar import interruption
-from fastar.compare.clips import Clips
+from fastar.compare.clips import AnyClips
 from fastar.compare.free import Advance
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
@@ -22,7 +22,7 @@ from fastar.rollout.protocols import TeeCache, lockstep_a, lockstep_b
 def run_a(
     session: Session,
     methods: Mapping[str, Method],
-    clips: Clips,
+    clips: AnyClips,
     seeds: Sequence[int],
     trajectory: Tensor,
     scorers: Mapping[str, Scorer],
@@ -41,9 +41,13 @@ def run_a(
     """
     dense = Method(name="dense")
     caches = {name: method.cache() for name, method in methods.items()}
-    teacher = session.start(dense, seeds, cache=TeeCache(dense.cache(), list(caches.values())))
+    teacher = session.start(
+        dense, seeds, prompts=clips.prompts, cache=TeeCache(dense.cache(), list(caches.values()))
+    )
     students = {
-        name: session.start(method, seeds, cache=caches[name], recorders=[scorers[name].density])
+        name: session.start(
+            method, seeds, prompts=clips.prompts, cache=caches[name], recorders=[scorers[name].density]
+        )
         for name, method in methods.items()
     }
     for name, student in students.items():
@@ -52,7 +56,7 @@ def run_a(
     if look_at:
         probe = AttentionProbe({name: student.state for name, student in students.items()})
         teacher.state.recorders.append(probe)
-    denoised = {name: Denoised(scorers[name].run, session, save_every) for name in methods}
+    denoised = {name: Denoised(scorers[name].run, session, clips, save_every) for name in methods}
     done = min(len(chunks) for chunks in denoised.values())
     for chunks in denoised.values():
         chunks.keep(done, advance)
@@ -62,7 +66,7 @@ def run_a(
     for first, name, chunk in lockstep:
         if probe is not None and first in look_at:
             scorers[name].attention(first, probe.scores(name))
-        pixels = session.decode(chunk)
+        pixels = session.show(clips, chunk)
         scorers[name].cost(first, students[name])
         scorers[name].chunk(first, chunk, pixels)
         denoised[name].add(chunk, pixels)
@@ -78,12 +82,12 @@ def run_a(
 class Denoised:
     """The chunks that a run has denoised, this process's and earlier ones', saved from time to time."""
 
-    def __init__(self, run: Run, session: Session, save_every: int) -> None:
+    def __init__(self, run: Run, session: Session, clips: AnyClips, save_every: int) -> None:
         self.run, self.save_every, self.session = run, save_every, session
         self._latents: list[Tensor] = []
         if run.has_state:
             self._latents = list(run.load_state()["latents"].split(session.chunk, dim=1))
-        self._shown = [session.decode(chunk.to(session.device)) for chunk in self._latents]
+        self._shown = [session.show(clips, chunk.to(session.device)) for chunk in self._latents]
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -94,8 +98,8 @@ class Denoised:
         for _ in range(count):
             advance()
 
-    def add(self, chunk: Tensor, pixels: Tensor) -> None:
-        """Latents [B, n, C, h, w] and pixels [B, n, H, W, 3] of the next chunk."""
+    def add(self, chunk: Tensor, pixels: Tensor | None) -> None:
+        """Latents [B, n, C, h, w] of the next chunk and, if it has any, its pixels [B, n, H, W, 3]."""
         self._latents.append(chunk.cpu())
         self._shown.append(pixels)
         if len(self) % self.save_every == 0:
@@ -106,9 +110,9 @@ class Denoised:
         self.run.save_state({"latents": torch.cat(self._latents, 1)})
 
     @property
-    def shown(self) -> Tensor:
-        """uint8 [B, F, H, W, 3] of all chunks."""
-        return torch.cat(self._shown, 1)
+    def shown(self) -> Tensor | None:
+        """uint8 [B, F, H, W, 3] of all chunks; None without pixels."""
+        return self.session.joined(self._shown)
 
 
 def evenly(start: int, stop: int, chunk: int, count: int) -> list[int]:
@@ -121,7 +125,7 @@ def evenly(start: int, stop: int, chunk: int, count: int) -> list[int]:
 def run_b(
     session: Session,
     method: Method,
-    clips: Clips,
+    clips: AnyClips,
     seeds: Sequence[int],
     trajectory: Tensor,
     scorer: Scorer,
@@ -130,13 +134,13 @@ def run_b(
     save_every: int,
 ) -> None:
     """One method, whose commit passes read its own cache; arguments as in `run_a`."""
-    rollout = session.start(method, seeds, recorders=[scorer.density])
+    rollout = session.start(method, seeds, prompts=clips.prompts, recorders=[scorer.density])
     scorer.started(rollout)
-    denoised = Denoised(scorer.run, session, save_every)
+    denoised = Denoised(scorer.run, session, clips, save_every)
     done = len(denoised)
     denoised.keep(done, advance)
     for first, chunk in lockstep_b(rollout, trajectory, clips.actions, clips.prefill, done=done):
-        pixels = session.decode(chunk)
+        pixels = session.show(clips, chunk)
         scorer.cost(first, rollout)
         scorer.chunk(first, chunk, pixels)
         denoised.add(chunk, pixels)

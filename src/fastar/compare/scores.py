@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fastar.compare.clips import Clips
+from fastar.compare.clips import AnyClips, Clips
 from fastar.compare.session import Session
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
 from fastar.metrics.fidelity import frame_psnr
@@ -18,7 +18,7 @@ WHOLE_CLIP = frozenset({"vmaf"})
 
 
 class Scorer:
-    """Logs one run's quality and cost to the store.
+    """Logs one run's quality and cost to the store; of clips without pixels, what latents tell.
 
     Args:
         metrics: distances to the reference video, (pred, target) -> score.
@@ -29,7 +29,7 @@ class Scorer:
         self,
         run: Run,
         session: Session,
-        clips: Clips,
+        clips: AnyClips,
         metrics: Mapping[str, Metric],
         reference: Tensor | None,
     ) -> None:
@@ -43,20 +43,21 @@ class Scorer:
         """Record which engine `auto` became."""
         self.run.summary["engine"] = rollout.state.engine
 
-    def chunk(self, first: int, latents: Tensor, shown: Tensor) -> None:
-        """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, n, H, W, 3]."""
+    def chunk(self, first: int, latents: Tensor, shown: Tensor | None) -> None:
+        """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, n, H, W, 3] or not at all."""
         if not torch.isfinite(latents).all():
             raise NonFiniteError(f"frames {first}-{first + latents.shape[1] - 1} contain NaN or infinity")
         start = first - self.clips.prefill
         part = slice(start, start + latents.shape[1])
-        scores: dict[str, list[float]] = {
-            "psnr/truth": frame_psnr(shown, self.clips.truth[:, part]).mean(dim=1).tolist()
-        }
+        scores: dict[str, list[float]] = {}
+        if shown is not None and self.clips.truth is not None:
+            scores["psnr/truth"] = frame_psnr(shown, self.clips.truth[:, part]).mean(dim=1).tolist()
         if self.reference is not None:
             wanted = self.reference[:, part]
-            target = self.session.decode(wanted)
-            for name in self.metrics.keys() - WHOLE_CLIP:
-                scores[name] = self._per_clip(name, shown, target)
+            if shown is not None:
+                target = self.session.decode(wanted)
+                for name in self.metrics.keys() - WHOLE_CLIP:
+                    scores[name] = self._per_clip(name, shown, target)
             error = (latents - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
             scores["latent_error"] = error.tolist()
         self._log(scores, chunk=start // self.session.chunk, frame=first)
@@ -83,8 +84,10 @@ class Scorer:
         """Recall and output error of attention in the chunk at frame `first`."""
         self._log(scores, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
 
-    def clip(self, shown: Tensor) -> None:
-        """Scores of whole videos, uint8 [B, n, H, W, 3], n all generated frames."""
+    def clip(self, shown: Tensor | None) -> None:
+        """Scores of whole videos, uint8 [B, n, H, W, 3], n all generated frames; none without pixels."""
+        if shown is None or not isinstance(self.clips, Clips):
+            return
         scores: dict[str, list[float]] = {}
         returned = self.clips.revisit_psnr(shown)
         if returned is not None:
@@ -105,7 +108,7 @@ class Scorer:
     def _log(
         self, scores: Mapping[str, list[float]], chunk: int | None = None, frame: int | None = None
     ) -> None:
-        batch = len(self.clips.frames)
+        batch = self.clips.batch
         for clip in range(batch):
             values = {name: found[clip] for name, found in scores.items()}
             self.run.log(values, clip=clip if batch > 1 else None, chunk=chunk, frame=frame)

@@ -1,7 +1,7 @@
 """A backbone with its loop on a device: encode, decode, start rollouts."""
 
-import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fastar.backbones import Autoencoder, Backbone, load_backbone
+from fastar.backbones import Autoencoder, Backbone, Prompts, load_backbone
 from fastar.cache import CachePolicy
+from fastar.compare.clips import AnyClips
+from fastar.compare.latents import LatentClips
+from fastar.compare.weights import random_backbone
 from fastar.data.pixels import to_model_range, to_uint8
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
@@ -28,13 +31,13 @@ class Session:
 
     Attributes:
         backbone: in eval mode on its device.
-        autoencoder: its autoencoder, always in float32.
+        autoencoder: its autoencoder, always in float32; None if it has none.
         loop: passes of a chunk.
         weights: sha256 of the weights.
     """
 
     backbone: Backbone
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder | None
     loop: ChunkLoop
     device: torch.device
     weights: str
@@ -44,16 +47,47 @@ class Session:
         """Frames denoised together."""
         return self.loop.chunk_frames
 
+    def eyes(self) -> Autoencoder:
+        """The autoencoder.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.autoencoder is None:
+            raise ValueError(
+                f"the backbone '{self.backbone.config.name}' has no autoencoder to see pixels with"
+            )
+        return self.autoencoder
+
+    def beginning(self, clips: AnyClips) -> Tensor:
+        """Latents [B, prefill, C, h, w] of the frames that a rollout of `clips` is given, on the device."""
+        if isinstance(clips, LatentClips):
+            return clips.latents.to(self.device)
+        return self.encode(clips.frames[:, : clips.prefill])
+
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 [B, F, H, W, 3] -> latents float32 [B, F, C, h, w] on the device."""
         parts = frames.split(FRAMES_AT_ONCE, dim=1)
-        return torch.cat([self.autoencoder.encode(to_model_range(part.to(self.device))) for part in parts], 1)
+        return torch.cat([self.eyes().encode(to_model_range(part.to(self.device))) for part in parts], 1)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, n, C, h, w] of a chunk -> uint8 [B, n, H, W, 3] on the CPU."""
-        return to_uint8(self.autoencoder.decode(latents)).cpu()
+        return to_uint8(self.eyes().decode(latents)).cpu()
+
+    def show(self, clips: AnyClips, latents: Tensor, timer: PassTimer | None = None) -> Tensor | None:
+        """`decode`, timed; None for clips without pixels."""
+        if isinstance(clips, LatentClips):
+            return None
+        with timer.measure("decode") if timer is not None else nullcontext():
+            return self.decode(latents)
+
+    @staticmethod
+    def joined(shown: Sequence[Tensor | None]) -> Tensor | None:
+        """Chunks of `show` as one video."""
+        pixels = [chunk for chunk in shown if chunk is not None]
+        return torch.cat(pixels, 1) if pixels else None
 
     def decode_chunks(self, latents: Tensor) -> Tensor:
         """Several chunks, each decoded as it was when it was generated, so that the bits are the same."""
@@ -64,6 +98,7 @@ class Session:
         method: Method,
         seeds: Sequence[int],
         *,
+        prompts: Prompts | None = None,
         timer: PassTimer | None = None,
         recorders: Sequence = (),
         cache: CachePolicy | None = None,
@@ -74,6 +109,7 @@ class Session:
             method,
             loop=self.loop,
             seeds=seeds,
+            prompts=prompts,
             timer=timer,
             recorders=recorders,
             cache=cache,
@@ -92,7 +128,7 @@ def open_session(config: DictConfig) -> Session:
     torch.set_float32_matmul_precision("high")
     device = torch.device(best_device() if config.device == "auto" else config.device)
     if config.checkpoint == RANDOM:
-        backbone = random_backbone(config.backbone)
+        backbone = random_backbone(config.backbone, device)
     else:
         backbone = load_backbone(config.checkpoint)
     if backbone.config.name != config.backbone.name:
@@ -100,33 +136,12 @@ def open_session(config: DictConfig) -> Session:
             f"the checkpoint {config.checkpoint} holds the backbone '{backbone.config.name}', but the config says "
             f"'{config.backbone.name}': add backbone={backbone.config.name}"
         )
-    if backbone.autoencoder is None:
-        raise ValueError(f"the backbone '{backbone.config.name}' has no autoencoder to see pixels with")
     backbone.transformer.to(device, DTYPES[config.dtype])
-    backbone.autoencoder.to(device)
+    if backbone.autoencoder is not None:
+        backbone.autoencoder.to(device)
     assert backbone.sha256 is not None
     loop = instantiate(config.rollout, chunk_frames=backbone.config.chunk_frames)
     return Session(backbone, backbone.autoencoder, loop, device, backbone.sha256)
-
-
-def random_backbone(config: DictConfig, seed: int = 0) -> Backbone:
-    """A backbone of `config` with random weights everywhere, also where training starts from zero: for dry runs.
-
-    What attention does then shows in the pictures, which mean nothing.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone: Backbone = instantiate(config)
-        digest = hashlib.sha256()
-        for network in backbone.modules().values():
-            for parameter in network.eval().parameters():
-                with torch.no_grad():
-                    if parameter.ndim > 1 and not parameter.any():
-                        parameter.normal_(std=0.05)
-                parameter.requires_grad_(False)
-                digest.update(parameter.numpy().tobytes())
-    backbone.sha256 = digest.hexdigest()
-    return backbone
 
 
 def best_device() -> str:

@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastar.compare import methods as method_nodes
-from fastar.compare.clips import Clips, load_clips, steered_clip
+from fastar.compare.clips import Clips, render_clips, steered_clip
 from fastar.compare.command import check_writable, progress_bar, wide_console
 from fastar.compare.free import Generated, free_run
 from fastar.compare.scores import Scorer
@@ -31,6 +31,7 @@ def roll(config: DictConfig, record: JobRecord | None = None) -> Path:
     console = wide_console()
     check_writable(Path(config.paths.outputs) / config.name)
     session = open_session(config)
+    session.eyes()
     for setting in ("prefill_frames", "frames"):
         if config[setting] < 1 or config[setting] % session.chunk:
             raise ValueError(
@@ -61,7 +62,7 @@ def clip_of(config: DictConfig) -> Clips:
     """True beginning, actions, and what the simulator shows for them."""
     if config.actions == "clip":
         prefill, generated = config.prefill_frames, config.frames
-        return load_clips(config.data, "heldout", [config.seed], prefill=prefill, generated=generated)
+        return render_clips(config.data, "heldout", [config.seed], prefill=prefill, generated=generated)
     actions = read_actions(str(config.actions), config.frames, seed=config.seed)
     dataset = instantiate(config.data.heldout, frames=config.prefill_frames)
     return steered_clip(dataset, config.seed, actions, prefill=config.prefill_frames)
@@ -94,6 +95,7 @@ def open_run(config: DictConfig, session: Session, name: str, node: dict[str, An
 
 def write_videos(run: Run, name: str, clips: Clips, result: Generated) -> None:
     """The rollout alone, and beside the simulator."""
+    assert result.shown is not None
     write_mp4(run.videos / "rollout.mp4", result.shown[0])
     both = side_by_side({"simulator": clips.truth[0], name: result.shown[0]}, columns=2, scale=3)
     path = write_mp4(run.videos / "side_by_side.mp4", both)

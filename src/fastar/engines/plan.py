@@ -7,7 +7,8 @@ plans for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,12 @@ class BlockPlan:
     @property
     def num_keys(self) -> int:
         return self.key_order.shape[2]
+
+    def of_heads(self, heads: slice) -> BlockPlan:
+        """The same plan for some heads alone."""
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {name: x[:, heads] if isinstance(x, Tensor) else x for name, x in own.items()}
+        return BlockPlan(**own)
 
     def executed_pairs(self) -> Tensor:
         """Query-key pairs in the executed blocks, [B, H] int64; empty slots and padding do not count."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from fastar.attention.state import AttendEvent, AttentionState
 from fastar.cache.lineage import Lineage
 from fastar.engines.reference import attention_weights
 from fastar.metrics.recall import attention_recall, relative_output_error, spread_over_members
+
+LARGEST = 2**30
+"""Weights in one matrix of float32, of which a look holds about six: more heads than that allows are taken in parts."""
 
 
 class AttentionProbe:
@@ -36,20 +39,31 @@ class AttentionProbe:
         """Compare all methods with one call of the dense rollout."""
         if not self.active or event.stream != "self":
             return
-        dense = attention_weights(event.q, event.k)
-        for name, state in self.states.items():
-            replayed = state.replay(event)
-            weights = attention_weights(
-                replayed.q, replayed.k, log_count=replayed.log_count, plan=replayed.plan
-            )
-            past = self._lineages[name].assignment(event.layer, state.cache.view(event.layer))
-            current = torch.arange(
-                replayed.k.shape[2] - event.q.shape[2], replayed.k.shape[2], device=past.device
-            )
-            members = torch.cat([past, current.expand(*past.shape[:2], -1)], 2)
-            recall = attention_recall(dense, spread_over_members(weights, members))
+        replays = {name: state.replay(event) for name, state in self.states.items()}
+        members = {name: self._members(name, replayed) for name, replayed in replays.items()}
+        recalls: dict[str, list[Tensor]] = {name: [] for name in replays}
+        for heads in _parts(event):
+            dense = attention_weights(event.q[:, heads], event.k[:, heads])
+            for name, replayed in replays.items():
+                weights = attention_weights(
+                    replayed.q[:, heads],
+                    replayed.k[:, heads],
+                    log_count=None if replayed.log_count is None else replayed.log_count[:, heads],
+                    plan=None if replayed.plan is None else replayed.plan.of_heads(heads),
+                )
+                kept = attention_recall(dense, spread_over_members(weights, members[name][:, heads]))
+                recalls[name].append(kept.mean(dim=2))
+        for name, replayed in replays.items():
             error = relative_output_error(replayed.out, event.out)
-            self._found[name].append((recall.mean(dim=(1, 2)), error.mean(dim=1)))
+            self._found[name].append((torch.cat(recalls[name], 1).mean(dim=1), error.mean(dim=1)))
+
+    def _members(self, name: str, replayed: AttendEvent) -> Tensor:
+        """The slot of every original token, and of the current chunk's, which are their own: [B, H, tokens]."""
+        view = self.states[name].cache.view(replayed.layer)
+        past = self._lineages[name].assignment(replayed.layer, view)
+        keys = replayed.k.shape[2]
+        current = torch.arange(keys - replayed.q.shape[2], keys, device=past.device)
+        return torch.cat([past, current.expand(*past.shape[:2], -1)], 2)
 
     def scores(self, name: str) -> dict[str, list[float]]:
         """`recall` and `output_error` of a method, one number a video; forgets them."""
@@ -57,3 +71,11 @@ class AttentionProbe:
         self._found[name] = []
         means = {"recall": torch.stack(recalls), "output_error": torch.stack(errors)}
         return {metric: values.mean(dim=0).tolist() for metric, values in means.items()}
+
+
+def _parts(event: AttendEvent) -> Iterator[slice]:
+    """Heads that are looked at together."""
+    batch, heads, queries, _ = event.q.shape
+    step = max(1, LARGEST // (batch * queries * event.k.shape[2]))
+    for start in range(0, heads, step):
+        yield slice(start, start + step)

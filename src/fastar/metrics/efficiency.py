@@ -33,11 +33,11 @@ class ChunkTimes:
 
 @dataclass(frozen=True)
 class Rates:
-    """Video frames per second of some chunks; with what a chunk lacks (decoding, say) counted as no time."""
+    """Video frames per second of some chunks; `decode` is None where nothing was decoded."""
 
     denoise: float
     commit: float
-    decode: float
+    decode: float | None
     end_to_end: float
     latency_p50: float
     latency_p99: float
@@ -52,7 +52,7 @@ class Rates:
             "latency_p50": self.latency_p50,
             "latency_p99": self.latency_p99,
         }
-        return {name + suffix: value for name, value in named.items()}
+        return {name + suffix: value for name, value in named.items() if value is not None}
 
 
 @dataclass
@@ -144,6 +144,7 @@ def rates(chunks: list[ChunkTimes]) -> Rates:
         raise ValueError("no chunk was timed after the warm-up: time more chunks or lower the warm-up")
     frames = sum(chunk.frames for chunk in chunks)
     denoise, commit, decode = (sum(chunk.parts.get(part, 0.0) for chunk in chunks) for part in PARTS)
+    decoded = any("decode" in chunk.parts for chunk in chunks)
     walls = [chunk.wall for chunk in chunks]
 
     def per_second(seconds: float) -> float:
@@ -152,7 +153,7 @@ def rates(chunks: list[ChunkTimes]) -> Rates:
     return Rates(
         denoise=per_second(denoise),
         commit=per_second(denoise + commit),
-        decode=per_second(denoise + commit + decode),
+        decode=per_second(denoise + commit + decode) if decoded else None,
         end_to_end=per_second(sum(walls)),
         latency_p50=float(np.percentile(walls, 50)),
         latency_p99=float(np.percentile(walls, 99)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastar.attention.state import AttentionState, Recorder
-from fastar.backbones import Backbone
+from fastar.backbones import Backbone, Prompts
 from fastar.cache import CachePolicy, DenseCache
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.rollout import PassTimer, Rollout
@@ -36,6 +36,7 @@ def start_rollout(
     *,
     loop: ChunkLoop,
     seeds: Sequence[int],
+    prompts: Prompts | None = None,
     timer: PassTimer | None = None,
     recorders: Sequence[Recorder] = (),
     cache: CachePolicy | None = None,
@@ -47,6 +48,7 @@ def start_rollout(
         method: what attends.
         loop: passes and noise levels.
         seeds: of the noise, one per video.
+        prompts: one per video, for a backbone that reads text.
         timer, recorders: measure passes and attention calls.
         cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
     """
@@ -76,5 +78,6 @@ def start_rollout(
         loop=loop,
         seeds=seeds,
         latent_shape=(channels, rows, columns),
+        prompts=prompts,
         timer=timer,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
 from fastar.attention.state import AttentionState
+from fastar.backbones.prompts import Prompts
 from fastar.backbones.wan.transformer import CausalWanTransformer
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import chunk_noise
@@ -34,7 +35,11 @@ class Rollout:
         loop: order of passes and noise levels.
         seeds: one per video of the batch.
         latent_shape: (channels, height, width) of a latent frame.
+        prompts: what the videos shall show, one prompt each; None for a backbone that reads no text.
         timer: measures denoise and commit passes, or None.
+
+    Raises:
+        ValueError: prompts are missing, not asked for, or not one of the right width for each video.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Rollout:
         loop: ChunkLoop,
         seeds: Sequence[int],
         latent_shape: tuple[int, int, int],
+        prompts: Prompts | None = None,
         timer: PassTimer | None = None,
     ) -> None:
         self.transformer, self.state, self.loop, self.timer = transformer, state, loop, timer
@@ -55,6 +61,25 @@ class Rollout:
         self.pose = (
             None if transformer.odometer is None else transformer.odometer.start(len(self.seeds), self.device)
         )
+        self.use_prompts(prompts)
+
+    def use_prompts(self, prompts: Prompts | None) -> None:
+        """Show `prompts` from the next pass on; see the class for what is refused."""
+        width = self.transformer.config.text_dim
+        if width is None and prompts is not None:
+            raise ValueError("this backbone reads no text: leave its prompts out")
+        if width is not None and prompts is None:
+            raise ValueError(
+                f"this backbone reads text and none was given: pass prompts of {len(self.seeds)} videos, {width} wide"
+            )
+        shape = (len(self.seeds), width)
+        if prompts is not None and (prompts.embeddings.shape[0], prompts.embeddings.shape[2]) != shape:
+            raise ValueError(
+                f"prompts must be [{shape[0]}, tokens, {width}], got {list(prompts.embeddings.shape)}"
+            )
+        self.prompts = prompts
+        dtype = self.transformer.patch_embedding.weight.dtype
+        self._text = None if prompts is None else prompts.text(self.device, dtype)
 
     @torch.inference_mode()
     def prefill(self, latents: Tensor, actions: Tensor | None = None) -> None:
@@ -143,6 +168,7 @@ class Rollout:
                 attend=self.state.attend,
                 actions=None if actions is None else actions.to(self.device),
                 poses=self._poses(actions),
+                text=self._text,
             ).float()
             if context.commits:
                 self._require_finite(velocity, f"{context.kind} pass")
@@ -163,6 +189,7 @@ class Rollout:
             "next_frame": self.next_frame,
             "seeds": self.seeds,
             "pose": None if self.pose is None else self.pose.cpu(),
+            "prompts": None if self.prompts is None else self.prompts.state_dict(),
             "attention": self.state.state_dict(),
         }
 
@@ -171,12 +198,14 @@ class Rollout:
         """Continue from `state_dict()`.
 
         Raises:
-            ValueError: the saved rollout had other seeds.
+            ValueError: the saved rollout had other seeds, or prompts where this one has none.
         """
         if list(saved["seeds"]) != self.seeds:
             raise ValueError(
                 f"the saved rollout has seeds {saved['seeds']}, this one {self.seeds}: use the same seeds"
             )
+        prompts = saved.get("prompts")  # states from before there were prompts have none
+        self.use_prompts(None if prompts is None else Prompts.from_state(prompts))
         self.next_frame = int(saved["next_frame"])
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
