@@ -154,7 +154,7 @@ def command_of(experiment: Path) -> tuple[str, list[str]]:
     assert name, f"{match[1]} is no Hydra entry point"
     overrides = shlex.split(match[2], comments=True)
     assert f"experiment={experiment.stem}" in overrides
-    return name[1], overrides
+    return name[1], [override for override in overrides if override != "-m"]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)

@@ -1,7 +1,7 @@
 """The commands as people give them: what they leave behind, a second time, and every experiment in small."""
 
+import math
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +14,21 @@ from PIL import Image
 
 from fastar.compare import comparison
 from fastar.compare.clips import steered_clip
+from fastar.compare.comparison import Comparison
 from fastar.compare.job import compare
+from fastar.compare.session import open_session
 from fastar.compare.single import roll
 from fastar.data.doom.camera import Action
 from fastar.data.doom.dataset import DoomClips
 from fastar.data.doom.script import PATHS, read_actions
 from fastar.data.video import read_mp4
 from fastar.results import load, load_runs
+from fastar.sweep.callback import expand
 from tests.experiments.conftest import ROOT, command, noise_clips, values
+from tests.test_repository import command_of
 
 EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
+SWEEPS = [path for path in EXPERIMENTS if "sweeper:" in path.read_text()]
 
 
 def varied(path: Path) -> bool:
@@ -81,16 +86,36 @@ def test_compare_from_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_runs_in_small(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = re.search(r"^# +python experiments/compare\.py (.*)$", path.read_text(), re.MULTILINE)
-    assert line, "open with the command"
+    """A sweep at its first point."""
+    program, overrides = command_of(path)
     monkeypatch.setattr(comparison, "load_clips", noise_clips)
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base=None):
-        small = ["debug=tiny", "seeds=1", "prefill_frames=16", "frames=8", "metrics=fast"]
-        config = compose("compare", overrides=[*shlex.split(line[1]), *small, f"paths.outputs={tmp_path}"])
+        small = ["debug=tiny", "seeds=1", "batch=1", "prefill_frames=16", "frames=8", "metrics=fast"]
+        config = compose(program, overrides=[*overrides, *small, f"paths.outputs={tmp_path}"])
     compare(config)
     runs = load_runs(tmp_path)
     assert set(runs["method"]) == set(config.methods) and (runs["status"] == "done").all()
     assert set(runs["protocol"]) == {*config.protocols, "C"}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_point_of_a_sweep_composes_and_is_told_apart(path: Path, tmp_path: Path) -> None:
+    """No two points are the same runs, and the table's columns say which is which."""
+    program, overrides = command_of(path)
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base=None):
+        whole = compose(program, overrides=[*overrides, "debug=tiny"], return_hydra_config=True)
+        swept = dict(whole.hydra.sweeper.params)
+        jobs = expand(whole)
+        assert len(jobs) == math.prod(len(str(values).split(",")) for values in swept.values()) > 1
+        kept = [override for override in overrides if override.split("=")[0] not in swept]
+        found: dict[str, str] = {}
+        for job in jobs:
+            config = compose(program, overrides=[*job, *kept, "debug=tiny", f"paths.outputs={tmp_path}"])
+            for run in Comparison(config, open_session(config)).planned():
+                told = str(sorted((key, str(value)) for key, value in run.items() if key != "run_id"))
+                assert found.setdefault(run["run_id"], told) == told
+    assert len(set(found.values())) == len(found), "columns do not tell the variants apart"
+    assert len(found) > len(jobs)
 
 
 def test_budgets_of_a_sweep_meet_in_one_report(
