@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fastar.backbones import BackboneConfig, Prompts
@@ -99,7 +101,16 @@ def load_clips(
 def render_clips(
     data: DictConfig, source: str, seeds: Sequence[int], *, prefill: int, generated: int
 ) -> Clips:
-    """The clips number `seeds` of a source with pixels, rendered now."""
+    """The clips number `seeds` of a source with pixels.
+
+    The last ones stay in memory: jobs of a sweep that follow each other in one process mostly share them.
+    """
+    return _rendered(OmegaConf.to_yaml(data, resolve=True), source, tuple(seeds), prefill, generated)
+
+
+@lru_cache(maxsize=1)
+def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int, generated: int) -> Clips:
+    data: Any = OmegaConf.create(data_yaml)
     if source == "returns":
         dataset = instantiate(data.returns, history=prefill, future=generated, clips=max(seeds) + 1)
         items = [_render_return(dataset, seed) for seed in seeds]
