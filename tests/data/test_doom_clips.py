@@ -20,6 +20,7 @@ from fastar.data.doom.maps import World, make_world
 from fastar.data.doom.policy import plan_clip, scripted
 from fastar.data.doom.raycast import Raycaster
 from fastar.data.doom.truth import FOCAL_X, FOCAL_Y, unproject, visible
+from fastar.interruption import SIGNALS
 
 pytest.importorskip("vizdoom", reason="the Doom engine is not installed: pip install fastar[doom]")
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install fastar[doom]")
@@ -187,6 +188,25 @@ def test_engine_goes_away_when_its_process_is_killed() -> None:
     while (folder.exists() or _processes_in(folder)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not folder.exists() and not _processes_in(folder)
+
+
+def test_an_engine_outlives_signals_that_all_processes_of_a_job_get() -> None:
+    with DoomWorlds([make_world(0)]) as running:
+        before = running.enter(0, middle(make_world(0))).image
+        (pid,) = _processes_in(Path(running._folder.name))
+        for number in SIGNALS:
+            os.kill(pid, number)
+        time.sleep(0.2)
+        assert np.array_equal(running.enter(0, middle(make_world(0))).image, before)
+    assert not Path(f"/proc/{pid}/cwd").exists()
+
+
+def test_chosen_clips_are_those_of_these_numbers() -> None:
+    clips = DoomClips(frames=3, cells=3)
+    chosen = list(clips.numbered([2, 0]))
+    assert [int(clip["index"]) for clip in chosen] == [2, 0]
+    in_order = list(DoomClips(frames=3, cells=3, clips=3))
+    assert torch.equal(chosen[0]["frames"], in_order[2]["frames"])
 
 
 def test_the_tiny_configs_make_clips() -> None:

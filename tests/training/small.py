@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from fastar.backbones import AutoencoderConfig, Backbone, build_backbone
 from fastar.backbones.autoencoder import Autoencoder
 from fastar.backbones.checkpoint import save_backbone
 from fastar.backbones.wan.config import WanConfig
 from fastar.training.autoencoder import AutoencoderModule
+from fastar.training.clips import ClipLoaders
 from fastar.training.module import TimedModule
-from fastar.training.run import fit, make_loader
+from fastar.training.run import fit, forget
 from fastar.training.world_model import WorldModelModule
 from tests.small import CHUNK
 
@@ -79,23 +81,42 @@ def autoencoder_model(backbone: Backbone, **options: Any) -> AutoencoderModule:
     )
 
 
-class MovingBars(IterableDataset[dict[str, Tensor]]):
-    """A bar that moves as the actions say (0 none, 1 right, 2 left). May fail after some clips, as power does."""
+class MovingBars:
+    """Clips of a bar that moves as the actions say (0 none, 1 right, 2 left).
 
-    def __init__(self, *, frames: int = 8, fails_after: int | None = None) -> None:
-        self.frames, self.fails_after = frames, fails_after
-        self.made = 0
+    Args:
+        frames: of a clip.
+        fails_at: the clip that cannot be made, as when power fails.
+        signals: names of signals that this process is sent, by the number of the clip that it makes meanwhile.
+        only_rank: the process that is sent them, if there are several.
+    """
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        while self.fails_after is None or self.made < self.fails_after:
-            actions = torch.randint(3, (self.frames,), generator=generator)
+    def __init__(
+        self,
+        *,
+        frames: int = 8,
+        fails_at: int | None = None,
+        signals: Mapping[int, str] | None = None,
+        only_rank: int = 0,
+        **_: Any,
+    ) -> None:
+        self.frames, self.fails_at, self.only_rank = frames, fails_at, only_rank
+        self.signals = dict(signals or {})
+        self.made: list[int] = []
+
+    def numbered(self, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+        for number in numbers:
+            if number == self.fails_at:
+                raise ConnectionError("the power went off")
+            if number in self.signals and int(os.environ.get("RANK", "0")) == self.only_rank:
+                os.kill(os.getpid(), getattr(signal, self.signals[number]))
+            self.made.append(number)
+            actions = torch.randint(3, (self.frames,), generator=torch.Generator().manual_seed(number))
             steps = torch.tensor([0, 4, -4])[actions].cumsum(0)
             columns = (torch.arange(32) - steps[:, None]) % 32
             shade = torch.where(columns < 12, 230, 25).to(torch.uint8)
-            self.made += 1
-            yield {"frames": shade[:, None, :, None].expand(-1, 16, -1, 3).contiguous(), "actions": actions}
-        raise ConnectionError("the power went off")
+            frames = shade[:, None, :, None].expand(-1, 16, -1, 3).contiguous()
+            yield {"frames": frames, "actions": actions, "index": torch.tensor(number)}
 
 
 def train(
@@ -104,15 +125,32 @@ def train(
     output: Path,
     *,
     name: str = "transformer",
-    dataset: MovingBars | None = None,
+    clips: MovingBars | None = None,
     **options: Any,
 ) -> None:
-    """`fit` as experiments/train.py calls it."""
+    """`fit` of steps of two clips, as the stages call it."""
 
     def export(average: Any, folder: Path) -> None:
         transformer = getattr(average, "transformer", backbone.transformer)
         save_backbone(folder, Backbone(backbone.config, transformer, average.autoencoder))
 
     stage: dict[str, Any] = {"export_every_minutes": 60.0, "ema_decay": 0.9, "precision": "auto"}
-    loader = make_loader(dataset or MovingBars(), batch_clips=2, num_workers=0)
-    fit(module, loader, name=name, output=output, export=export, **stage | options)
+    loaders = ClipLoaders(clips or MovingBars(), batch_clips=2, num_workers=0)
+    fit(module, loaders, name=name, output=output, export=export, **stage | options)
+    forget(output, name)
+
+
+def moving_bars(output: Path, *more: str) -> list[str]:
+    """Overrides of conf/train.yaml: both stages of the tiny backbone in a second or two, without a simulator."""
+    return [
+        "backbone=tiny",
+        "backbone.frame_size=[16,32]",
+        "data=doom_tiny",
+        "data.train._target_=tests.training.small.MovingBars",
+        "training=tiny",
+        "training.autoencoder.statistics_clips=1",
+        "training.autoencoder.max_steps=8",
+        "training.transformer.max_steps=28",
+        f"output={output}",
+        *more,
+    ]

@@ -14,12 +14,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.train import export, main
 from fastar.backbones import load_backbone, save_backbone
 from fastar.backbones.checkpoint import read_config
 from fastar.training.callbacks import warming_average
 from fastar.training.module import SYNC_EVERY, TimedModule
-from fastar.training.run import CHECKPOINT, interrupted_steps, make_loader
+from fastar.training.run import CHECKPOINT
+from fastar.training.stages import export
+from fastar.training.stages import train as command
 from tests.training.small import MovingBars, autoencoder_model, fresh_backbone, train, world_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice on loaders and loggers
@@ -93,10 +94,9 @@ def test_an_interrupted_stage_goes_on_where_its_checkpoint_stands(tmp_path: Path
     first = world_model(backbone, max_steps=steps, decay_share=1.0)
     before = Diary(first)
     with pytest.raises(ConnectionError, match="power"):
-        train(first, backbone, tmp_path, dataset=MovingBars(fails_after=2 * 26), export_every_minutes=1e-9)
+        train(first, backbone, tmp_path, clips=MovingBars(fails_at=2 * 26), export_every_minutes=1e-9)
     assert len(before.steps) == 25
-    assert interrupted_steps(tmp_path, "transformer") == 2 * SYNC_EVERY
-    assert interrupted_steps(tmp_path, "autoencoder") == 0
+    assert (tmp_path / "transformer" / CHECKPOINT).exists()
     load_backbone(tmp_path / "transformer_ema")  # what was exported on the way is usable
 
     resumed_backbone = fresh_backbone()
@@ -147,18 +147,7 @@ def test_a_stage_limited_by_time_stops_and_ends_with_a_low_rate(
     assert diary.rates[0] == 3e-3 and 0 < diary.rates[25] < 3e-3 and diary.rates[-1] == 0.0
 
 
-def test_loaders_batch_clips() -> None:
-    loader = make_loader(MovingBars(), batch_clips=3, num_workers=0)
-    assert next(iter(loader))["frames"].shape == (3, 8, 16, 32, 3)
-    assert make_loader(MovingBars(), batch_clips=3, num_workers="auto").num_workers >= 0
-
-
 # -- the command -----------------------------------------------------------------------------------------------------
-
-
-def command(config: DictConfig) -> None:
-    """experiments/train.py without its command line."""
-    main.__wrapped__(config)  # type: ignore[attr-defined]
 
 
 def test_unknown_values_name_the_choices(composed: Callable[..., DictConfig], tmp_path: Path) -> None:

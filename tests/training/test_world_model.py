@@ -13,7 +13,7 @@ from tests.training.small import MovingBars, autoencoder_model, fresh_backbone, 
 
 
 def batch(clips: int = 4) -> dict[str, Tensor]:
-    made = [clip for clip, _ in zip(MovingBars(), range(clips), strict=False)]
+    made = list(MovingBars().numbered(range(clips)))
     return {name: torch.stack([clip[name] for clip in made]) for name in ("frames", "actions")}
 
 

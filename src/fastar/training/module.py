@@ -1,9 +1,15 @@
-"""What the training stages share: two optimisers with one learning rate, a time limit, resume."""
+"""What the training stages share: two optimisers with one learning rate, a time limit, resume.
+
+A stage that is limited by steps alone ends with the same weights, bit for bit, whether it was interrupted or not, on
+one device, thread count and number of processes: what a step draws at random depends on the seed, the step and the rank
+alone. Under a time limit its length and its learning rates depend on how fast it goes: no two runs are the same.
+"""
 
 from abc import abstractmethod
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +25,7 @@ class TimedModule(lightning.LightningModule):
         learning_rate, weight_decay, optimizer, matrix_scale: see `fastar.training.optim.build_optimizers`.
         max_steps, max_minutes, warmup_steps, decay_share: see `fastar.training.optim.Progress`.
         gradient_clip: largest global gradient norm.
+        seed: of all that is drawn while training.
     """
 
     def __init__(
@@ -33,6 +40,7 @@ class TimedModule(lightning.LightningModule):
         decay_share: float,
         gradient_clip: float,
         matrix_scale: float = 1.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # two optimisers, one backward
@@ -41,12 +49,18 @@ class TimedModule(lightning.LightningModule):
         self.progress = Progress(
             max_steps=max_steps, max_minutes=max_minutes, warmup_steps=warmup_steps, decay_share=decay_share
         )
+        self.seed = seed
         self.steps_done = 0
+        self.clips_done = 0  # in all processes together
         self.share_done = 0.0
 
     @abstractmethod
     def compute_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch by name; `loss` is the one that is minimised."""
+
+    def draw_for_all(self) -> float:
+        """Uniform in [0, 1), new in every step, the same in all processes: for what decides how long a step takes."""
+        return float(np.random.default_rng([self.seed, self.steps_done]).random())
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(
@@ -71,6 +85,9 @@ class TimedModule(lightning.LightningModule):
         rate = self.learning_rate * self.progress.scale(self.steps_done, self.share_done)
         set_learning_rate(optimizers, rate)
 
+        # each step draws from its own stream, so that a resumed run draws what it would have drawn
+        stream = np.random.SeedSequence([self.seed, self.steps_done, self.global_rank])
+        torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
         losses = self.compute_loss(batch)
         self.manual_backward(losses["loss"])
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -82,6 +99,7 @@ class TimedModule(lightning.LightningModule):
             optimizer.zero_grad(set_to_none=True)
 
         self.steps_done += 1
+        self.clips_done += len(batch["frames"]) * self.trainer.world_size
         self.log_dict(losses | {"gradient_norm": norm, "learning_rate": rate})
         if self.share_done >= 1.0:
             self.trainer.should_stop = True
@@ -91,10 +109,12 @@ class TimedModule(lightning.LightningModule):
         checkpoint["progress"] = {
             "elapsed": self.progress.elapsed,
             "steps": self.steps_done,
+            "clips": self.clips_done,
             "share_done": self.share_done,  # the clock is read again only some steps later
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.progress.elapsed_before = checkpoint["progress"]["elapsed"]
         self.steps_done = checkpoint["progress"]["steps"]
+        self.clips_done = checkpoint["progress"]["clips"]
         self.share_done = checkpoint["progress"]["share_done"]

@@ -89,7 +89,7 @@ class WorldModelModule(TimedModule):
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, _per_frame(sigma))
         history, history_sigma = self._noised_history(clean)
-        if self.share_done >= self.self_history_from and torch.rand(()).item() < self.self_history_share:
+        if self.share_done >= self.self_history_from and self.draw_for_all() < self.self_history_share:
             with torch.no_grad():
                 velocity = self._velocity(history, history_sigma, noisy, sigma, conditions, attend)
                 predicted = noisy - _per_frame(sigma) * velocity

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ class DoomClips(IterableDataset[dict[str, Tensor]]):
 
     Clip number i belongs to shard i mod (ranks x loader workers), so ranks and workers never repeat each
     other. The rank comes from torch.distributed when it is initialised, else from the variables RANK and
-    WORLD_SIZE. `clips` ends the dataset after that many clips (all shards together); `first_index` lets a
-    resumed run go on.
+    WORLD_SIZE. `clips` ends the dataset after that many clips (all shards together); the first is
+    number `first_index`. `numbered` gives chosen clips.
     """
 
     def __init__(
@@ -62,18 +63,20 @@ class DoomClips(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         own_shard, shards = shard()
-        indices = range(self.first_index, self.first_index + self.clips) if self.clips is not None else None
-        index = self.first_index + own_shard
-        while indices is None or index in indices:
-            batch = [index + k * shards for k in range(_WORLDS_PER_ENGINE)]
-            if indices is not None:
-                batch = [i for i in batch if i in indices]
+        start = self.first_index + own_shard
+        if self.clips is None:
+            return self.numbered(count(start, shards))
+        return self.numbered(range(start, self.first_index + self.clips, shards))
+
+    def numbered(self, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+        """The clips of these numbers, in this order, whatever the shard."""
+        numbers = iter(numbers)
+        while batch := list(islice(numbers, _WORLDS_PER_ENGINE)):
             plans = [self.plan(i) for i in batch]
             with DoomWorlds([world for world, _ in plans]) as engine:
-                for number, (i, (_, walk)) in enumerate(zip(batch, plans, strict=True)):
+                for place, (i, (_, walk)) in enumerate(zip(batch, plans, strict=True)):
                     truth = clip_truth(walk) if self.with_truth else {}
-                    yield {"index": torch.tensor(i), **render_clip(engine, number, walk), **truth}
-            index += len(batch) * shards
+                    yield {"index": torch.tensor(i), **render_clip(engine, place, walk), **truth}
 
 
 def render_clip(engine: DoomWorlds, number: int, walk: Walk) -> dict[str, Tensor]:

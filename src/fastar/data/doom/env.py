@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from fastar.data.doom.camera import HEIGHT, WIDTH, Pose, move
 from fastar.data.doom.maps import World, write_wad
+from fastar.interruption import SIGNALS
 
 GAMMA = 1.5  # frames are shown as (pixel / 255) ** (1 / GAMMA): Doom is dark
 _SETTLE_TICS = 10  # the engine ignores turns in the first tics of an episode (7 measured)
@@ -61,8 +63,9 @@ class DoomWorlds:
         self._vizdoom, self._cv2 = _import("vizdoom"), _import("cv2")
         self._folder = tempfile.TemporaryDirectory(prefix="fastar-doom-", ignore_cleanup_errors=True)
         write_wad(Path(self._folder.name) / "worlds.wad", self.worlds)
-        self._game = _start(self._vizdoom, Path(self._folder.name), with_depth)
-        self._guard = _guard(Path(self._folder.name))
+        with _signals_held_back():
+            self._game = _start(self._vizdoom, Path(self._folder.name), with_depth)
+            self._guard = _guard(Path(self._folder.name))
 
     def enter(self, index: int, pose: Pose) -> View:
         """Puts the camera into world `index` at `pose` and returns frame 0."""
@@ -119,6 +122,19 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"Doom worlds need the package {name}: pip install fastar[doom]") from error
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started here never get `SIGNALS`, this one gets them late.
+
+    Slurm signals all processes of a job, and work that is to stop at a safe point needs its engine until then.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
