@@ -93,9 +93,10 @@ def requeue() -> str:
             logger.info("back to the queue through submitit")
             handler(_received or signal.SIGUSR2, None)  # ends the process
         _scontrol("requeue", job)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        reason = (error.stderr or str(error)).strip()
-        return f"Slurm did not take job {job} back ({reason}): submit it again"
+    except subprocess.CalledProcessError as error:
+        return f"Slurm did not take job {job} back ({str(error.stderr).strip()}): submit it again"
+    except subprocess.TimeoutExpired:
+        return f"Slurm did not answer, so job {job} is not back in the queue: submit it again"
     return f"Slurm job {job} was put back into the queue"
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from fastar.results import load, load_runs
-from fastar.results.files import read_summary
+from fastar.results.files import ROWS, read_rows, read_summary
 from fastar.results.lock import RunLock
 from tests.slurm.conftest import Cluster, wait_for
 
@@ -24,10 +24,15 @@ TIMED = ("_s", "fps", "latency", "peak")
 
 
 def process_of(folder: Path, seed: int) -> int | None:
-    """The process that works on a run of this seed."""
+    """The process that is in the middle of a run of this seed: some chunks are made."""
     for lock in (folder / "frontier").glob("*/lock"):
         summary, holder = read_summary(lock.parent), RunLock(lock.parent).holder()
-        if summary is not None and holder is not None and summary["seed"] == seed:
+        if (
+            summary is not None
+            and holder is not None
+            and summary["seed"] == seed
+            and read_rows(lock.parent / ROWS)
+        ):
             return int(holder["pid"])
     return None
 
@@ -59,27 +64,33 @@ def untimed(folder: Path) -> pd.DataFrame:
 def test_a_preempted_and_a_timed_out_job_change_nothing(cluster: Cluster, tmp_path: Path) -> None:
     on_slurm, plain = tmp_path / "slurm", tmp_path / "plain"
     sweep = cluster.start(
-        *SWEEP, "launcher=slurm", "launcher.cpus=1", "launcher.minutes=30", "launcher.signal_seconds=5",
-        "launcher.max_concurrent=3", f"paths.outputs={on_slurm}",
+        *SWEEP, "launcher=slurm", "launcher.cpus=1", "launcher.minutes=30", "launcher.max_concurrent=3",
+        "+launcher.sbatch.signal=CONT@1", f"paths.outputs={on_slurm}",  # so that only the time limit itself stops it
     )  # fmt: skip
     array = cluster.array_of(sweep, "compare")
+    logs = [on_slurm / f"frontier/.submitit/{array}_{task}/{array}_{task}_0_log.out" for task in range(JOBS)]
     halted = halt(on_slurm, {0, 1})
-    # the first until Slurm wakes it to end it
-    cluster.run("scontrol", "update", f"JobId={array}_0", "TimeLimit=1")  # minute: there is no shorter one
     cluster.run("scancel", "--signal=USR1", f"{array}_1")
     os.kill(halted[1], signal.SIGCONT)
+    cluster.run("scontrol", "update", f"JobId={array}_0", "TimeLimit=1")  # minute: there is no shorter one
     here = cluster.start(*SWEEP, f"paths.outputs={plain}")  # meanwhile
+
+    def timed_out() -> bool:
+        os.kill(halted[0], signal.SIGSTOP)  # again and again: whatever Slurm sends wakes it
+        return "DUE TO TIME LIMIT" in logs[0].read_text()
+
+    wait_for(timed_out, "the time limit", seconds=180)
+    os.kill(halted[0], signal.SIGCONT)
+    wait_for(lambda: cluster.states(array)[0] in ("PENDING", "RUNNING"), "its return to the queue")
+    cluster.run("scontrol", "update", f"JobId={array}_0", "TimeLimit=30")
     told, told_here = sweep.communicate(timeout=500)[0], here.communicate(timeout=300)[0]
 
     assert here.returncode == 0, told_here
     assert sweep.returncode == 0, told
     assert f"{JOBS} jobs: {JOBS} done" in told
-    logs = {
-        task: on_slurm / f"frontier/.submitit/{array}_{task}/{array}_{task}_0_log.out" for task in range(JOBS)
-    }
-    assert "DUE TO TIME LIMIT" in logs[0].read_text() and "SIGUSR1: stopping" in logs[1].read_text()
-    starts = [log.read_text().count("Starting with JobEnvironment") for log in logs.values()]
+    assert "SIGTERM: stopping" in logs[0].read_text() and "SIGUSR1: stopping" in logs[1].read_text()
+    starts = [log.read_text().count("Starting with JobEnvironment") for log in logs]
     assert starts[:2] == [2, 2], starts
     runs = load_runs(on_slurm)
-    assert len(runs) == JOBS * 3 and set(runs["status"]) == {"done"}
+    assert len(runs) == JOBS * 4 and set(runs["status"]) == {"done"}
     pd.testing.assert_frame_equal(untimed(on_slurm), untimed(plain), check_exact=True)
