@@ -10,7 +10,7 @@ from tests.slurm.conftest import Cluster, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
-SMALL = ("--cpus-per-task=1", "--time=5")
+SMALL = ("--cpus-per-task=1", "--time=20")
 
 
 def log_of(cluster: Cluster, job: str, log: Path, *, ended: str = "COMPLETED") -> str:
@@ -47,7 +47,7 @@ def test_training_on_two_tasks(cluster: Cluster, tmp_path: Path) -> None:
         "training.transformer.max_steps=2", "training.autoencoder.statistics_clips=1", f"output={tmp_path}/run",
     )  # fmt: skip
     written = log_of(cluster, job, tmp_path / "train.log")
-    assert "MEMBER: 2/2" in written or "GLOBAL_RANK: 1" in written or "world_size=2" in written, written
+    assert "[rank: 1]" in written, written  # two that are not connected would refuse each other's folder
     assert (tmp_path / "run/checkpoint/config.json").exists(), written
 
 
