@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from fastar.interruption import slurm_job
+
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PID_NAMESPACE = Path("/proc/self/ns/pid")
 PARTS = "lock.*.part"
@@ -111,7 +113,7 @@ def this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "pid_namespace": os.readlink(PID_NAMESPACE) if PID_NAMESPACE.exists() else None,
         "process_start": start_of(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": slurm_job(),
         "job_restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastar.interruption import slurm_job
+
 PACKAGES = (
     "torch", "triton", "numpy", "lightning", "torchmetrics", "diffusers", "hydra-core", "omegaconf", "faiss-cpu",
     "faiss-gpu", "flash-attn-4", "flashinfer-python", "imageio-ffmpeg", "vizdoom",
@@ -47,7 +49,7 @@ def environment(*, device: torch.device | str = "cpu", seeds: Sequence[int] = ()
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "host": hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8],
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": slurm_job(),
         "seeds": list(seeds),
     }
 

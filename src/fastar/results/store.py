@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig
 
+from fastar import interruption
 from fastar.metrics.names import unit_of
 from fastar.results.files import (
     ROWS,
@@ -223,6 +224,9 @@ class Run:
         elif isinstance(error, Unwritable):
             with suppress(Unwritable):  # it is what goes on to the caller anyway
                 self._close("interrupted")
+        elif isinstance(error, Exception) and interruption.requested():
+            self._close("interrupted")  # a child process has got the signal, too, and left its work undone
+            interruption.check()
         elif isinstance(error, Exception) and no_room(self.folder, error):
             with suppress(Unwritable):
                 self._close("interrupted")

@@ -1,7 +1,6 @@
 """Around the work of one job, in whatever way it was started: errors, signals, its record."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fastar.compare.command import CAN_BE_PUT_RIGHT
-from fastar.interruption import Interrupted, listening, requeue
+from fastar.interruption import Interrupted, listening, requeue, slurm_job
 from fastar.results.files import unwritable
 from fastar.results.logtail import sentence_of, unwrapped
 from fastar.sweep.devices import claim_gpu, is_worker
@@ -32,7 +31,7 @@ def run_job(config: DictConfig, program: str, work: Callable[[DictConfig, JobRec
         experiment = Path(config.paths.outputs) / config.name
         record = record_of(experiment, program, list(hydra.overrides.task))
         try:
-            lock = take(record, os.environ.get("SLURM_JOB_ID"))
+            lock = take(record, slurm_job())
         except OSError as error:
             raise SystemExit(f"error: {unwritable(experiment, error)}") from error
         status = "failed"
