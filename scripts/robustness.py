@@ -91,61 +91,52 @@ def finished_tables(outputs: Path) -> dict[str, tuple[int, int]]:
 
 
 def kill_trial(folder: Path, wanted: pd.DataFrame, kills: int, seed: int, longest: float) -> dict[str, Any]:
-    """SIGKILL to all processes of the sweep at random moments; after each, everything on disk is read."""
+    """SIGKILL to all processes of the sweep at random moments; after each, everything on disk is read.
+
+    redone: complete tables that were written again. lost: complete tables that are gone, or sweeps with other numbers.
+    """
     generator, log = random.Random(seed), folder / "log"
     before: dict[str, tuple[int, int]] = {}
-    counts = {
-        "kills": 0,
-        "runs_done_at_kill": [],
-        "runs_unfinished_at_kill": [],
-        "redone": 0,
-        "lost": 0,
-        "unreadable": 0,
-    }
-    ended_before_kill = 0
-    while counts["kills"] < kills:
-        launcher = LAUNCHERS[counts["kills"] % len(LAUNCHERS)]
-        process = start(command(folder, launcher), log)
+    done_at_kill: list[int] = []
+    redone = lost = unreadable = completed = 0
+    while len(done_at_kill) < kills:
+        process = start(command(folder, LAUNCHERS[len(done_at_kill) % len(LAUNCHERS)]), log)
         try:
             process.wait(generator.uniform(2.0, longest))
-            ended_before_kill += 1  # the sweep was complete: begin another one
-            if not same_numbers(folder, wanted):
-                counts["lost"] += 1
+            completed += 1  # the sweep was complete before the kill came: begin another one
+            lost += not same_numbers(folder, wanted)
             shutil.rmtree(folder / "sweep")
             before = {}
             continue
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        counts["kills"] += 1
         after = finished_tables(folder)
-        counts["redone"] += sum(after.get(run) != state for run, state in before.items() if run in after)
-        counts["lost"] += len(before.keys() - after.keys())
+        redone += sum(after.get(run) != state for run, state in before.items() if run in after)
+        lost += len(before.keys() - after.keys())
         before = after
+        done_at_kill.append(len(after))
         if list(folder.glob("sweep/*/summary.json")):
             try:
                 load(folder / "sweep", partial=True)
-                unfinished = len(load_runs(folder / "sweep")) - len(after)
             except ValueError:
-                counts["unreadable"] += 1
-                unfinished = -1
-            counts["runs_done_at_kill"].append(len(after))
-            counts["runs_unfinished_at_kill"].append(unfinished)
+                unreadable += 1
     status = finish(command(folder), log)
     after = finished_tables(folder)
-    counts["redone"] += sum(after.get(run) != state for run, state in before.items())
+    redone += sum(after.get(run) != state for run, state in before.items())
     left = [path.name for path in folder.rglob("*.part")] + [path.name for path in folder.rglob("lock")]
     return {
-        **counts, "sweeps_completed_on_the_way": ended_before_kill, "exit_status_of_the_last": status,
-        "files_left_over": left, "same_numbers": same_numbers(folder, wanted),
+        "kills": kills, "redone": redone, "lost": lost, "unreadable": unreadable, "runs_done_at_kill": done_at_kill,
+        "sweeps_completed_on_the_way": completed, "exit_status_of_the_last": status, "files_left_over": left,
+        "same_numbers": same_numbers(folder, wanted),
     }  # fmt: skip
 
 
 def full_disk(folder: Path, wanted: pd.DataFrame) -> dict[str, Any]:
-    """A disk of 600 KiB fills in mid-sweep; after room was made the same command goes on."""
+    """A disk of one MiB fills in mid-sweep; after room was made the same command goes on."""
     disk, log = folder / "disk", folder / "log"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
     try:
         first = finish(command(disk), log)
         said = [line for line in log.read_text(errors="replace").splitlines() if "cannot write" in line]

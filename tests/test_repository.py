@@ -1,6 +1,7 @@
 """Promises about the repository as a whole: size, layers, configuration files, commands in the README."""
 
 import ast
+import os
 import pkgutil
 import re
 import shlex
@@ -183,3 +184,38 @@ def test_constraints_are_versions_only_and_leave_torch_alone() -> None:
     assert lines
     assert not [line for line in lines if not re.match(r"^[A-Za-z0-9_.-]+==[\w.!+]+( ; .+)?$", line)]
     assert not [line for line in lines if re.match(r"(torch|triton|nvidia-.*|cuda-.*)==", line)]
+
+
+HEAVY = (
+    "torch",
+    "lightning",
+    "diffusers",
+    "transformers",
+    "wandb",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "torchmetrics",
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_help_waits_for_no_heavy_import(path: Path) -> None:
+    """So that it answers in less than two seconds, also on a slow disk."""
+    code = (
+        f"import runpy, sys; sys.argv = [{str(path)!r}, '--help']\n"
+        f"try:\n    runpy.run_path({str(path)!r}, run_name='__main__')\n"
+        "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        f"print('imported:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=100,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.rstrip().endswith("imported: []"), answer.stdout.splitlines()[-1]

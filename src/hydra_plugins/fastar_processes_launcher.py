@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,9 @@ from fastar.sweep.status import bury_dead
 
 log = logging.getLogger(__name__)
 
+MOST_HITS = 3
+SETTLE_SECONDS = 2
+
 
 class ProcessesLauncher(Launcher):
     """Several processes on this machine.
@@ -41,7 +46,10 @@ class ProcessesLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """All jobs. If a worker is killed, its job is noted as failed and the others go on in new workers."""
+        """All jobs. If a worker is killed, joblib ends all others, too: what they did goes on in new ones.
+
+        Which of them was meant is not known, so a job is given up when it was hit for the third time.
+        """
         try:
             from hydra_plugins.hydra_joblib_launcher import _core
             from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -56,26 +64,37 @@ class ProcessesLauncher(Launcher):
             self.joblib["n_jobs"] = self.n_jobs
         os.environ |= {LAUNCHER: str(os.getpid()), GPUS: ",".join(gpus), PER_GPU: str(self.per_gpu)}
         experiment = Path(str(self.config.paths.outputs)) / str(self.config.name)
-        todo = list(job_overrides)
+        todo, hits = list(job_overrides), Counter[str]()
         while todo:
             try:
                 with signals_forwarded():
                     _core.launch(launcher=self, job_overrides=todo, initial_job_idx=initial_job_idx)
                 break
             except TerminatedWorkerError as error:
+                time.sleep(SETTLE_SECONDS)  # until the last of them is gone
                 bury_dead(experiment)
-                left = [overrides for overrides in todo if is_waiting(experiment, overrides)]
-                if len(left) == len(todo):
+                hit = [overrides for overrides in todo if was_killed(experiment, overrides)]
+                hits.update(job_key(overrides) for overrides in hit)
+                todo = [
+                    overrides for overrides in todo
+                    if is_waiting(experiment, overrides) or (overrides in hit and hits[job_key(overrides)] < MOST_HITS)
+                ]  # fmt: skip
+                if not hit:
                     raise
-                log.error("a worker process was killed (%s): %d jobs go on", sentence_of(error), len(left))
-                todo = left
+                log.error("a worker process was killed (%s): %d jobs go on", sentence_of(error), len(todo))
         return [job_return(overrides) for overrides in job_overrides]
 
 
-def is_waiting(experiment: Path, overrides: Sequence[str]) -> bool:
-    """Whether a job has still to be done: it was not begun, or stopped without having failed."""
+def was_killed(experiment: Path, overrides: Sequence[str]) -> bool:
+    """Whether a job's process ended without a word."""
     record = read_record(experiment / JOBS / job_key(overrides))
-    return record is not None and record.status in ("waiting", "interrupted")
+    return record is not None and (record.failure or {}).get("kind") == "killed"
+
+
+def is_waiting(experiment: Path, overrides: Sequence[str]) -> bool:
+    """Whether a job has still to be begun."""
+    record = read_record(experiment / JOBS / job_key(overrides))
+    return record is not None and record.status == "waiting"
 
 
 def job_return(overrides: Sequence[str]) -> JobReturn:
@@ -93,7 +112,10 @@ def signals_forwarded() -> Iterator[None]:
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
         for child in psutil.Process().children():
-            child.send_signal(number)
+            if "resource_tracker" not in " ".join(
+                child.cmdline()
+            ):  # joblib's own, which must outlive the workers
+                child.send_signal(number)
 
     earlier = {number: signal.signal(number, forward) for number in SIGNALS}
     try:

@@ -1,5 +1,6 @@
 """The end of a sweep: what came of its jobs, and one report on all of their runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,11 +12,11 @@ from fastar.compare.report import write_report
 from fastar.sweep.status import STATES, Survey, count_rows, rerun_commands, survey
 
 
-def finish_sweep(config: DictConfig, launch: str) -> bool:
-    """Show the state of this launch's jobs and write the report; whether everything is done."""
+def finish_sweep(config: DictConfig, jobs: Sequence[str]) -> bool:
+    """Show the state of these jobs and write the report; whether everything is done."""
     console = wide_console()
     experiment = Path(config.paths.outputs) / config.name
-    found = survey(experiment, launch=launch)
+    found = survey(experiment, jobs=jobs)
     folders = [experiment / run["run_id"] for run in found.runs if run["state"] in ("done", "failed")]
     if any(run["state"] == "done" for run in found.runs):
         write_report(

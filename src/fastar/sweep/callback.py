@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 
 from fastar.compare.command import check_writable, clear_errors
 from fastar.results.launch import launch_id
-from fastar.sweep.records import record_of
+from fastar.sweep.records import job_key, record_of
+from fastar.sweep.status import is_held
 
 
 class SweepCallback(Callback):
@@ -24,15 +25,19 @@ class SweepCallback(Callback):
             check_writable(experiment)
             for overrides in expand(config):
                 record = record_of(experiment, program_of(config), overrides)
-                record.launch = launch_id()
-                record.save()
+                if not is_held(
+                    record.folder
+                ):  # else another sweep is at it, and shares the runs with this one
+                    record.launch, record.status, record.failure = launch_id(), "waiting", None
+                    record.save()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show what came of the jobs, and one report on all of their runs; exit status 1 if something is missing."""
         from fastar.compare.sweep_report import finish_sweep
 
-        if not finish_sweep(config, launch_id()):
-            sys.exit(1)
+        with clear_errors():
+            if not finish_sweep(config, [job_key(overrides) for overrides in expand(config)]):
+                sys.exit(1)
 
 
 def program_of(config: DictConfig) -> str:

@@ -38,14 +38,14 @@ class Survey:
         return Counter(run["state"] for run in self.runs)
 
 
-def survey(experiment: Path, *, launch: str | None = None) -> Survey:
-    """Look at every job and run below an experiment's folder, or at those of one launch; the dead are buried first.
+def survey(experiment: Path, *, jobs: Sequence[str] = ()) -> Survey:
+    """Look at every job and run below an experiment's folder, or at `jobs` by key alone; the dead are buried first.
 
     Raises:
         ValueError: there are no jobs.
     """
     bury_dead(experiment)
-    records = [record for record in read_records(experiment) if launch in (None, record.launch)]
+    records = [record for record in read_records(experiment) if not jobs or record.key in jobs]
     if not records:
         raise ValueError(
             f"no jobs are recorded in {experiment}: give the folder of a sweep, as in outputs/frontier"
