@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     run_job(config, Path(__file__).name, work)
 
 
-def work(config: DictConfig, record: JobRecord) -> None:
+def work(config: DictConfig, record: JobRecord | None) -> None:
     """One comparison; in a sweep, the report comes at its end."""
     from fastar.compare.job import compare
 

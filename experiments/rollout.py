@@ -24,7 +24,7 @@ def main(config: DictConfig) -> None:
     run_job(config, Path(__file__).name, work)
 
 
-def work(config: DictConfig, record: JobRecord) -> None:
+def work(config: DictConfig, record: JobRecord | None) -> None:
     """One rollout."""
     from fastar.compare.single import roll
 

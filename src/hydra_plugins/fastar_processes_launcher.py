@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from fastar.interruption import SIGNALS, Interrupted, requeue
 from fastar.results.logtail import sentence_of
 from fastar.sweep.devices import GPUS, LAUNCHER, PER_GPU, visible_gpus
+from fastar.sweep.job import job_return
 from fastar.sweep.records import JOBS, job_key, read_record
 from fastar.sweep.status import bury_dead
 
@@ -95,13 +96,6 @@ def is_waiting(experiment: Path, overrides: Sequence[str]) -> bool:
     """Whether a job has still to be begun."""
     record = read_record(experiment / JOBS / job_key(overrides))
     return record is not None and record.status == "waiting"
-
-
-def job_return(overrides: Sequence[str]) -> JobReturn:
-    """What Hydra wants to see of a job; what came of it says its record."""
-    returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
-    returned.return_value = None
-    return returned
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """What runs of a report have in common: refused if it is not the same, and told in one line."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastar.results.files import read_summary
 from fastar.results.provenance import code_of
@@ -10,14 +11,28 @@ from fastar.results.provenance import code_of
 SHARED = ("source", "data", "prefill_frames", "frames", "rollout", "dtype")
 
 
+def kinds(runs: Sequence[Path]) -> list[list[Path]]:
+    """`runs` that `check_alike` lets stand together, in order of appearance."""
+    found: dict[str, list[Path]] = {}
+    for run in runs:
+        if (summary := read_summary(run)) is not None:
+            found.setdefault(json.dumps(kind_of(summary), sort_keys=True), []).append(run)
+    return list(found.values())
+
+
+def kind_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What runs must share for their means to say something: weights, clips, lengths, sampler."""
+    made = {"weights": str(summary["checkpoint_sha256"])[:8]}
+    made |= {key: summary["config"].get(key) for key in SHARED}
+    return {key: json.dumps(value, sort_keys=True) for key, value in made.items()}
+
+
 def check_alike(runs: Sequence[Path]) -> None:
     """Raise a ValueError if `runs` had other clips, lengths, samplers or weights: one mean over both says nothing."""
     found: dict[str, set[str]] = {}
     for summary in (summary for run in runs if (summary := read_summary(run)) is not None):
-        made = {"weights": str(summary["checkpoint_sha256"])[:8]}
-        made |= {key: summary["config"].get(key) for key in SHARED}
-        for key, value in made.items():
-            found.setdefault(key, set()).add(json.dumps(value, sort_keys=True))
+        for key, value in kind_of(summary).items():
+            found.setdefault(key, set()).add(value)
     for key, values in found.items():
         if len(values) > 1:
             raise ValueError(

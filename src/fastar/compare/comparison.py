@@ -295,6 +295,8 @@ class Comparison:
                 for name, frames in (("generated", result.shown), ("truth", group.clips.truth)):
                     path = run.videos / f"{name}_seed{seed}.mp4"
                     write_mp4(path, upscale(frames[clip], VIDEO_SCALE), crf=12)
+                    for sink in run.sinks:
+                        sink.video(path.stem, path)
 
     def _load_clips(self, seeds: Sequence[int]) -> AnyClips:
         config = self.config

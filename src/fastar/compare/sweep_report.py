@@ -1,33 +1,46 @@
 """The end of a sweep: what came of its jobs, and one report on all of their runs."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from fastar.compare.caption import kinds
 from fastar.compare.command import wide_console
 from fastar.compare.report import write_report
 from fastar.sweep.status import STATES, Survey, count_rows, rerun_commands, survey
 
 
 def finish_sweep(config: DictConfig, jobs: Sequence[str]) -> bool:
-    """Show the state of these jobs and write the report; whether everything is done."""
+    """Show the state of these jobs and write the report; whether everything is done.
+
+    Runs of several backbones or lengths, which no mean can join, get a report each.
+    """
     console = wide_console()
     experiment = Path(config.paths.outputs) / config.name
     found = survey(experiment, jobs=jobs)
-    folders = [experiment / run["run_id"] for run in found.runs if run["state"] in ("done", "failed")]
-    if any(run["state"] == "done" for run in found.runs):
-        write_report(
-            experiment / "report",
-            folders,
+    states = {experiment / run["run_id"]: run["state"] for run in found.runs}
+    ended = [run for run, state in states.items() if state in ("done", "failed")]
+    groups = [runs for runs in kinds(ended) if any(states[run] == "done" for run in runs)]
+    for number, runs in enumerate(groups):
+        report = write_report(
+            experiment / ("report" if len(groups) == 1 else f"report_{number + 1}"),
+            runs,
             methods=list(config.methods),
-            seed=config.seeds[0] if not isinstance(config.seeds, int) else 0,
+            seed=0 if isinstance(config.seeds, int) else config.seeds[0],
             baseline=config.baseline,
             budget_share=config.budget_share,
             remember=False,
-        ).show(console)
+        )
+        report.show(console)
+        plain = OmegaConf.to_container(config, resolve=True)
+        name = hashlib.sha256("".join([report.folder.name, *jobs]).encode()).hexdigest()[:12]
+        summary = {"run_id": name, "experiment": config.name, "labels": {"method": "sweep"}, "config": plain}
+        report.mirror(instantiate(config.logger), summary)
     show_status(found, console)
     return not found.unfinished
 

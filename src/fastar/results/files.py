@@ -36,7 +36,7 @@ def no_room(folder: Path, error: BaseException) -> bool:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A path to write to; what was written there becomes `path` on success and is removed on failure."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same job's record
     try:
         yield part
         _sync(part)

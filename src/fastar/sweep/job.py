@@ -1,10 +1,11 @@
 """Around the work of one job, in whatever way it was started: errors, signals, its record."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -18,8 +19,12 @@ from fastar.sweep.records import JobRecord, record_of, take
 log = logging.getLogger(__name__)
 
 
-def run_job(config: DictConfig, program: str, work: Callable[[DictConfig, JobRecord], None]) -> None:
-    """Do `work` with its record.
+Work = Callable[[DictConfig, JobRecord | None], None]
+"""What a job does with its config, and its record unless another process does the same job at this moment."""
+
+
+def run_job(config: DictConfig, program: str, work: Work) -> None:
+    """Do `work`.
 
     An error ends a single command with one sentence. In a sweep it is recorded, told, and the sweep goes on. If the
     process is asked to stop, the job goes back to Slurm's queue, if that is where it came from.
@@ -36,7 +41,7 @@ def run_job(config: DictConfig, program: str, work: Callable[[DictConfig, JobRec
             raise SystemExit(f"error: {unwritable(experiment, error)}") from error
         status = "failed"
         try:
-            work(config, record)
+            work(config, record if lock is not None else None)
             status = "done"
         except Interrupted as error:
             status = "interrupted"
@@ -64,3 +69,10 @@ def run_job(config: DictConfig, program: str, work: Callable[[DictConfig, JobRec
                     lock.release()
             if status == "interrupted" and not is_worker():
                 log.warning("%s", requeue())
+
+
+def job_return(overrides: Sequence[str]) -> JobReturn:
+    """What Hydra wants from a launcher for each job; what came of the job says its record."""
+    returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+    returned.return_value = None
+    return returned
