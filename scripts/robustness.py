@@ -103,14 +103,17 @@ def kill_trial(folder: Path, wanted: pd.DataFrame, kills: int, seed: int, longes
         process = start(command(folder, LAUNCHERS[len(done_at_kill) % len(LAUNCHERS)]), log)
         try:
             process.wait(generator.uniform(2.0, longest))
-            completed += 1  # the sweep was complete before the kill came: begin another one
+            killed = False
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed = True
+        if not killed or len(finished_tables(folder)) == wanted["run_id"].nunique():
+            completed += 1  # nothing was left to disturb, which does not count: begin another sweep
             lost += not same_numbers(folder, wanted)
             shutil.rmtree(folder / "sweep")
             before = {}
             continue
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         after = finished_tables(folder)
         redone += sum(after.get(run) != state for run, state in before.items() if run in after)
         lost += len(before.keys() - after.keys())
