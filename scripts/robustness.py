@@ -136,10 +136,10 @@ def kill_trial(folder: Path, wanted: pd.DataFrame, kills: int, seed: int, longes
 
 
 def full_disk(folder: Path, wanted: pd.DataFrame) -> dict[str, Any]:
-    """A disk of one MiB fills in mid-sweep; after room was made the same command goes on."""
+    """A disk of 1.6 MiB fills in mid-sweep; after room was made the same command goes on."""
     disk, log = folder / "disk", folder / "log"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(disk)], check=True)
     try:
         first = finish(command(disk), log)
         said = [line for line in log.read_text(errors="replace").splitlines() if "cannot write" in line]
