@@ -43,8 +43,8 @@ def test_parts_add_up_and_stay_apart(device: torch.device) -> None:
     first, second = timer.chunks
     assert first.parts.keys() == {"denoise", "commit"} and first.frames == 4
     for chunk, pause in ((first, 0.1), (second, 0.02)):
-        # CUDA starts its clock a little after the host does
-        assert 1.8 * pause <= chunk.parts["denoise"] < 2 * pause + 0.09
+        # CUDA starts its clock some milliseconds after the host does
+        assert 2 * pause - 0.01 <= chunk.parts["denoise"] < 2 * pause + 0.09
         assert chunk.wall >= chunk.parts["denoise"] + chunk.parts["commit"] + 0.009
     assert timer.steady_state().latency_p50 == second.wall
     assert timer.whole_run().end_to_end == pytest.approx(8 / (first.wall + second.wall))
