@@ -34,9 +34,12 @@ def no_room(folder: Path, error: BaseException) -> bool:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written there becomes `path` on success and is removed on failure."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same job's record
+def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A path to write to; what was written there becomes `path` on success and is removed on failure.
+
+    `shared`: other processes may write the same file at this moment; the last one wins.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
         yield part
         _sync(part)

@@ -60,7 +60,7 @@ class JobRecord:
         self.changed = datetime.now(UTC).isoformat(timespec="seconds")
         self.folder.mkdir(parents=True, exist_ok=True)
         plain = {name: value for name, value in asdict(self).items() if name != "folder"}
-        with atomic(self.folder / RECORD) as part:
+        with atomic(self.folder / RECORD, shared=True) as part:
             part.write_text(json.dumps(plain, indent=1) + "\n")
 
     def plan(self, runs: Sequence[Mapping[str, Any]]) -> None:
