@@ -6,6 +6,7 @@
 Runs and jobs whose process was killed are noted as failed, with their last log lines; the next command resumes them.
 """
 
+import shlex
 from pathlib import Path
 
 import hydra
@@ -25,13 +26,12 @@ def status(config: DictConfig) -> None:
     """Show the state; write unfinished jobs to `sweep_file`, the overrides of one on each line."""
     from fastar.compare.command import wide_console
     from fastar.compare.sweep_report import show_status
-    from fastar.sweep.records import quoted
     from fastar.sweep.status import survey
 
     found = survey(Path(config.runs))
     show_status(found, wide_console())
     if config.sweep_file is not None:
-        lines = [quoted(record.overrides) for record in found.unfinished]
+        lines = [shlex.join(record.overrides) for record in found.unfinished]
         Path(config.sweep_file).write_text("".join(f"{line}\n" for line in lines))
         print(f"{len(lines)} jobs written to {config.sweep_file}")
 

@@ -137,38 +137,28 @@ def kill_trial(folder: Path, wanted: pd.DataFrame, kills: int, seed: int, longes
 
 def full_disk(folder: Path, wanted: pd.DataFrame) -> dict[str, Any]:
     """A disk of 1.6 MiB fills in mid-sweep; after room was made the same command goes on."""
-    disk, log = folder / "disk", folder / "log"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(disk)], check=True)
-    try:
-        first = finish(command(disk), log)
-        said = [line for line in log.read_text(errors="replace").splitlines() if "cannot write" in line]
-        traceback = "Traceback" in log.read_text(errors="replace")
-        done = len(finished_tables(disk))
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        second = finish(command(disk), log)
-        return {
-            "exit_statuses": [first, second], "said": said[-1].replace(str(folder), "") if said else None,
-            "traceback": traceback, "runs_done_when_full": done, "same_numbers": same_numbers(disk, wanted),
-        }  # fmt: skip
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    return on_a_disk(folder, wanted, first="size=1600k", then="size=200m")
 
 
 def read_only(folder: Path, wanted: pd.DataFrame) -> dict[str, Any]:
-    """The output folder cannot be written: from the start, and from some moment on."""
+    """The output folder cannot be written to; once it can, the same command does everything."""
+    return on_a_disk(folder, wanted, first="size=200m,ro", then="rw")
+
+
+def on_a_disk(folder: Path, wanted: pd.DataFrame, *, first: str, then: str) -> dict[str, Any]:
+    """The sweep on a tmpfs mounted with the options `first`, and once more when it is remounted with `then`."""
     disk, log = folder / "disk", folder / "log"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m,ro", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", first, "tmpfs", str(disk)], check=True)
     try:
-        first = finish(command(disk), log)
-        said = [line for line in log.read_text(errors="replace").splitlines() if "cannot write" in line]
-        traceback = "Traceback" in log.read_text(errors="replace")
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        second = finish(command(disk), log)
+        statuses, done = [finish(command(disk), log)], len(finished_tables(disk))
+        text = log.read_text(errors="replace")
+        said = [line.replace(str(folder), "") for line in text.splitlines() if "cannot write" in line]
+        subprocess.run(["mount", "-o", f"remount,{then}", str(disk)], check=True)
+        statuses.append(finish(command(disk), log))
         return {
-            "exit_statuses": [first, second], "said": said[-1].replace(str(folder), "") if said else None,
-            "traceback": traceback, "same_numbers": same_numbers(disk, wanted),
+            "exit_statuses": statuses, "said": said[-1] if said else None, "traceback": "Traceback" in text,
+            "runs_done_when_refused": done, "same_numbers": same_numbers(disk, wanted),
         }  # fmt: skip
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -13,9 +13,10 @@ import torch
 
 from fastar.results import RunStore, load, load_runs
 from fastar.results import lock as lock_module
+from fastar.results.failures import is_out_of_memory
 from fastar.results.files import ROWS, STATE, TABLE, atomic
 from fastar.results.lock import RunLock, RunLocked, is_stale, this_process
-from fastar.results.store import Run, is_out_of_memory
+from fastar.results.store import Run
 
 CONFIG = {"cache": {"budget_frames": 24}}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
 
 from fastar.results.files import unwritable
 from fastar.results.logtail import sentence_of, unwrapped
@@ -42,7 +43,7 @@ def clear_errors() -> Iterator[None]:
     """What a person can put right ends the command with its one sentence, without a traceback."""
     try:
         yield
-    except Exception as error:
+    except (*CAN_BE_PUT_RIGHT, InstantiationException) as error:
         if isinstance(unwrapped(error), CAN_BE_PUT_RIGHT):
             raise SystemExit(f"error: {sentence_of(error)}") from error
         raise

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from fastar.backbones import Backbone, load_backbone
 from fastar.cache import EmptyCache, WindowCache
+from fastar.compare.session import best_device
 from fastar.data.doom.camera import Action
 from fastar.data.pixels import to_model_range, to_uint8
 from fastar.data.video import contact_sheet
@@ -36,7 +37,7 @@ class Evaluation:
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
-        self.device = torch.device(config.device if config.device != "auto" else _best_device())
+        self.device = torch.device(config.device if config.device != "auto" else best_device())
         self.backbone: Backbone = load_backbone(config.checkpoint, device=self.device)
         if self.backbone.autoencoder is None:
             raise ValueError(
@@ -218,7 +219,3 @@ def drift(ev: Evaluation) -> None:
     early, late = (float(metrics[name].compute()) for name in parts)
     ev.report("drift", early=early, late=late, ratio=late / early, frames=frames_a_side)
     contact_sheet(sheet, columns=10, first_frame=chunk).save(ev.output / "drift.png")
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

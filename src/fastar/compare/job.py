@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastar.compare.command import check_writable, progress_bar, wide_console
 from fastar.compare.comparison import Comparison
-from fastar.compare.report import write_report
+from fastar.compare.report import hand_over, write_report
 from fastar.compare.session import open_session
 from fastar.sweep.records import JobRecord
 
@@ -44,7 +43,4 @@ def report_on(comparison: Comparison) -> None:
     )
     OmegaConf.save(config, found.folder / "config.yaml")
     found.show(wide_console())
-    plain = OmegaConf.to_container(config, resolve=True)
-    labels = {"method": "comparison"}
-    summary = {"run_id": identifier, "experiment": config.name, "labels": labels, "config": plain}
-    found.mirror(instantiate(config.logger), summary)
+    hand_over(found, config, identifier)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fastar.compare.caption import check_alike, describe, span
@@ -66,6 +68,18 @@ class Report:
         for name, path in self.videos.items():
             sink.video(name, path)
         sink.finish("done")
+
+
+def hand_over(report: Report, config: DictConfig, identifier: str) -> None:
+    """Mirror a report where `config.logger` says, as the run `identifier` of its experiment."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    summary = {
+        "run_id": identifier,
+        "experiment": config.name,
+        "labels": {"method": "comparison"},
+        "config": plain,
+    }
+    report.mirror(instantiate(config.logger), summary)
 
 
 def write_report(
@@ -254,7 +268,9 @@ def _add_ablations(report: Report, here: pd.DataFrame, varied: Mapping[str, Mapp
             run: "".join(f" {name}={value}" for name, value in settings.items() if name != setting)
             for run, settings in varied.items()
         }
-        rows = here.assign(curve=here["variant_of"] + here["run_id"].map(others))
+        varies = here["run_id"].map(lambda run, name=setting: name in varied[run])
+        curve = here["variant_of"] + here["run_id"].map(others)
+        rows = here.assign(curve=curve, **{setting: here[setting].where(varies)})
         for protocol, meaning, part in _protocols(rows):
             for metric in ABLATED:
                 if part.loc[part["metric"] == metric, "value"].notna().any():

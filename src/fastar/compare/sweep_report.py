@@ -4,14 +4,13 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from fastar.compare.caption import kinds
 from fastar.compare.command import wide_console
-from fastar.compare.report import write_report
+from fastar.compare.report import hand_over, write_report
 from fastar.sweep.status import STATES, Survey, count_rows, rerun_commands, survey
 
 
@@ -37,10 +36,8 @@ def finish_sweep(config: DictConfig, jobs: Sequence[str]) -> bool:
             remember=False,
         )
         report.show(console)
-        plain = OmegaConf.to_container(config, resolve=True)
         name = hashlib.sha256("".join([report.folder.name, *jobs]).encode()).hexdigest()[:12]
-        summary = {"run_id": name, "experiment": config.name, "labels": {"method": "sweep"}, "config": plain}
-        report.mirror(instantiate(config.logger), summary)
+        hand_over(report, config, name)
     show_status(found, console)
     return not found.unfinished
 

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import TextIO
 
+from hydra.errors import InstantiationException
+
 KEPT_LINES = 20
 LOG = "log.txt"
 
@@ -61,7 +63,7 @@ def reason_of(error: BaseException) -> str:
 
 def unwrapped(error: BaseException) -> BaseException:
     """The error behind Hydra's InstantiationException, or the error itself."""
-    if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return error.__cause__
     return error
 

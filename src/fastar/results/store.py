@@ -36,6 +36,7 @@ from omegaconf import DictConfig
 
 from fastar import interruption
 from fastar.metrics.names import unit_of
+from fastar.results.failures import is_out_of_memory
 from fastar.results.files import (
     ROWS,
     STATE,
@@ -51,7 +52,7 @@ from fastar.results.files import (
 )
 from fastar.results.identity import SCHEMA_VERSION, recorded_config, run_id
 from fastar.results.launch import launch_id
-from fastar.results.lock import RunLock, is_stale
+from fastar.results.lock import RunLock
 from fastar.results.logtail import RunLog, last_lines, reason_of, unwrapped, without_paths
 from fastar.results.provenance import environment
 from fastar.results.rows import to_table
@@ -363,36 +364,3 @@ class Run:
                 f"run {self.run_id} is closed ({self.summary['status']}): nothing can be logged to it"
             )
         return self._rows
-
-
-def bury(folder: Path) -> bool:
-    """Mark a run whose process is certainly gone without a word as failed, with its last log lines; whether it was one.
-
-    What it has made is kept: the next process that opens the run goes on from there.
-    """
-    lock = RunLock(folder)
-    holder, summary = lock.holder(), read_summary(folder)
-    if summary is None or summary["status"] != "running" or holder is None or not is_stale(holder):
-        return False
-    lock.acquire()
-    try:
-        summary = read_summary(folder)
-        if summary is None or summary["status"] != "running":
-            return False
-        job = f", Slurm job {holder['job']}" if holder.get("job") else ""
-        summary["status"], summary["finished"] = "failed", datetime.now(UTC).isoformat(timespec="seconds")
-        summary["failure"] = {
-            "kind": "killed",
-            "reason": f"its process ended without a word{job}: killed, out of memory, or the node was lost",
-            "where": None,
-            "log": last_lines(folder),
-        }
-        write_json(folder / SUMMARY, summary)
-    finally:
-        lock.release()
-    return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -28,7 +28,7 @@ class SweepCallback(Callback):
                 if not is_held(
                     record.folder
                 ):  # else another sweep is at it, and shares the runs with this one
-                    record.launch, record.status, record.failure = launch_id(), "waiting", None
+                    record.status, record.failure = "waiting", None
                     record.save()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

@@ -7,7 +7,6 @@ run is said by the run itself, never here.
 
 import hashlib
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fastar.results.files import atomic
-from fastar.results.launch import launch_id
 from fastar.results.lock import RunLock, RunLocked
 from fastar.results.logtail import reason_of, unwrapped
 
@@ -35,7 +33,6 @@ class JobRecord:
         status: waiting, running, interrupted (saved, to go on), done or failed.
         runs: of each run its run_id, seeds and labels; empty until the job has begun.
         failure: kind and reason, if an error outside of its runs ended the job.
-        launch: which launch of a command it belongs to.
         changed: UTC time of the last change.
         slurm_job: the last Slurm job that worked on it.
     """
@@ -46,7 +43,6 @@ class JobRecord:
     status: str = "waiting"
     runs: list[dict[str, Any]] = field(default_factory=list)
     failure: dict[str, str] | None = None
-    launch: str = ""
     changed: str = ""
     slurm_job: str | None = None
 
@@ -85,11 +81,6 @@ def essential(overrides: Sequence[str]) -> list[str]:
         return override.lstrip("+~").split("=")[0].split(".")[0].split("@")[0].split("/")[0]
 
     return [override for override in overrides if group(override) not in WHERE_AND_HOW]
-
-
-def quoted(overrides: Sequence[str]) -> str:
-    """Overrides as a shell takes them."""
-    return shlex.join(overrides)
 
 
 def record_of(experiment: Path, program: str, overrides: Sequence[str]) -> JobRecord:
@@ -131,6 +122,6 @@ def take(record: JobRecord, slurm_job: str | None) -> RunLock | None:
         lock.acquire()
     except RunLocked:
         return None
-    record.status, record.failure, record.launch, record.slurm_job = "running", None, launch_id(), slurm_job
+    record.status, record.failure, record.slurm_job = "running", None, slurm_job
     record.save()
     return lock

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastar.results.failures import bury
 from fastar.results.files import read_summary
 from fastar.results.lock import RunLock, is_stale
 from fastar.sweep.records import JobRecord, read_records
@@ -90,10 +91,6 @@ def is_held(folder: Path) -> bool:
 
 def bury_dead(experiment: Path) -> list[Path]:
     """Note runs and jobs whose process has ended without a word as failed; the folders of these runs."""
-    from fastar.results.store import (
-        bury,  # brings torch, which a look at the status need not wait for otherwise
-    )
-
     locked = [path.parent for path in experiment.glob("*/lock")]
     buried = [folder for folder in locked if not is_held(folder) and bury(folder)]
     for record in read_records(experiment):

@@ -2,21 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Sink(Protocol):
-    """A mirror of runs, one after another. No call of it may stop a run, or hold it up.
+class Sink:
+    """A mirror of runs, one after another; this one mirrors nothing. No call of it may stop a run, or hold it up.
 
     Attributes:
         problem: why the sink stopped working in the current run, None while it works.
     """
 
     @property
-    def problem(self) -> str | None: ...
+    def problem(self) -> str | None:
+        return None
 
     def start(self, folder: Path, summary: Mapping[str, Any]) -> None:
         """A run begins in `folder`; `summary` is its summary.json."""
@@ -44,28 +45,5 @@ class Sink(Protocol):
         """The run ends as done, failed or interrupted."""
 
 
-class NullSink:
-    """Mirrors nothing."""
-
-    @property
-    def problem(self) -> str | None:
-        return None
-
-    def start(self, folder: Path, summary: Mapping[str, Any]) -> None: ...
-
-    def scalars(
-        self,
-        values: Mapping[str, float],
-        *,
-        chunk: int | None = None,
-        frame: int | None = None,
-        clip: int | None = None,
-    ) -> None: ...
-
-    def table(self, name: str, table: "pd.DataFrame") -> None: ...
-
-    def image(self, name: str, path: Path) -> None: ...
-
-    def video(self, name: str, path: Path) -> None: ...
-
-    def finish(self, status: str) -> None: ...
+class NullSink(Sink):
+    """Mirrors nothing: what conf/logger/none.yaml names."""

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fastar.results.sinks.base import NullSink
+from fastar.results.sinks.base import Sink
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class CsvSink(NullSink):
+class CsvSink(Sink):
     """Files in the run's folder: `scalars.csv` (metric, chunk, frame, clip, value) and one per table."""
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastar.results.sinks.base import Sink
 from fastar.results.sinks.mirror import Mirror, Options
 from fastar.results.sinks.worker import Worker
 
@@ -25,7 +26,7 @@ def worker() -> Worker:
         return _workers[os.getpid()]
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Weights & Biases; offline unless told otherwise.
 
     Every call returns at once: what is logged is appended to a queue, and one background thread of the process imports
