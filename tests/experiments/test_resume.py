@@ -66,11 +66,16 @@ def states(config: DictConfig) -> list[str]:
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 @pytest.mark.parametrize("protocol", ["A", "B", "C"])
 def test_stopped_by_signals_and_resumed_bit_by_bit(
-    tiny: Tiny, tmp_path: Path, protocol: str, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny,
+    tmp_path: Path,
+    protocol: str,
+    sent: signal.Signals,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = (
         "method=[dense,tempcache,tempcache_paper,random,annsa,int4_window_headwise]", "seeds=[3]", "save_every=100",
-        f"protocols=[{protocol}]", "frames=20",
+        f"protocols=[{protocol}]", "frames=20", f"device={device}", "videos=0",
     )  # fmt: skip
     whole = tiny(*arguments, "name=whole")
     Comparison(whole, open_session(whole)).run()

@@ -13,12 +13,12 @@ from fastar.results.record import record_runs
 def report(config: DictConfig) -> None:
     """The report on the runs of `config`, on the copies if they are recorded."""
     pattern = list(config.runs) if OmegaConf.is_list(config.runs) else str(config.runs)
-    if config.record is not None:
+    if config.record:
         check_writable(Path(config.record))
         runs = record_runs(pattern, Path(config.record))
     else:
         runs = [run for run, _ in find_runs(pattern)]
-    folder = Path(config.output) if config.output is not None else runs[0].parent / "report"
+    folder = Path(config.output) if config.output else runs[0].parent / "report"
     check_writable(folder)
     present = {summary["labels"]["method"] for _, summary in find_runs(runs)}
     order = [*(name for name in config.method if name in present), *sorted(present - set(config.method))]

@@ -160,7 +160,10 @@ def plot_setting(
             marker="o", markersize=5, linewidth=1.4 if numeric else 0, elinewidth=1.4, capsize=2,
         )  # fmt: skip
     if not numeric:
-        axes.set_xticks(list(places.values()), [str(value) for value in places])
+        names = [str(value) for value in places]
+        slanted = sum(map(len, names)) > 40  # side by side they would overlap
+        turn = {"rotation": 15, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        axes.set_xticks(list(places.values()), names, **turn)
         axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_xlabel(setting.replace("_", " "))
     return _save(figure, axes, path)
