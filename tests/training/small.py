@@ -41,10 +41,10 @@ AUTOENCODER = AutoencoderConfig(
 )
 
 
-def fresh_backbone() -> Backbone:
-    """Untrained transformer and autoencoder for frames of 16x32 pixels, two tokens each."""
+def fresh_backbone(**more: Any) -> Backbone:
+    """Untrained transformer and autoencoder for frames of 16x32 pixels, two tokens each; `more` of its sizes."""
     torch.manual_seed(0)
-    sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "freq_dim": 32}
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "freq_dim": 32} | more
     return build_backbone(
         name="small",
         transformer=WanConfig(**sizes, in_channels=4, out_channels=4, num_actions=3),

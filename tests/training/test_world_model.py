@@ -55,6 +55,21 @@ def test_training_lowers_the_loss_of_the_world_model() -> None:
     )
 
 
+def test_every_piece_of_a_clip_is_trained_with_the_clip_s_prompt() -> None:
+    """Cut in two, with the prompt of each clip; losses of the pieces are those of clips with that prompt."""
+    backbone, data = fresh_backbone(text_dim=6), batch(2)
+    with torch.no_grad():
+        backbone.transformer.head.head.weight.normal_(std=0.1)  # a fresh one answers nothing
+    data["prompt"] = torch.randn(2, 5, 6).half()
+    seen: list[Tensor] = []
+    embed = backbone.transformer._embed_text
+    backbone.transformer._embed_text = lambda text: seen.append(text) or embed(text)  # type: ignore[func-returns-value, method-assign]
+    world_model(backbone, short_until=1.0, short_frames=4).compute_loss(data)["loss"].backward()
+    assert torch.equal(seen[0], data["prompt"][[0, 0, 1, 1]])
+    gradient = backbone.transformer.text_embedding[0].weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+
+
 def test_training_lowers_the_loss_of_the_autoencoder() -> None:
     losses = descend(autoencoder_model(fresh_backbone()), batch(), 40)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])

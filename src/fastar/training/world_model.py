@@ -75,9 +75,11 @@ class WorldModelModule(TimedModule):
         return self
 
     def compute_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        pixels, actions = batch["frames"], batch["actions"]
+        pixels, actions, text = batch["frames"], batch["actions"], batch.get("prompt")
         if self.share_done < self.short_until:
+            clips = len(pixels)
             pixels, actions = (_in_pieces(x, self.short_frames) for x in (pixels, actions))
+            text = None if text is None else text.repeat_interleave(len(pixels) // clips, dim=0)
         with torch.no_grad():
             clean = self.autoencoder.encode(to_model_range(pixels)).float()
         frames = clean.shape[1]
@@ -91,13 +93,13 @@ class WorldModelModule(TimedModule):
         history, history_sigma = self._noised_history(clean)
         if self.share_done >= self.self_history_from and self.draw_for_all() < self.self_history_share:
             with torch.no_grad():
-                velocity = self._velocity(history, history_sigma, noisy, sigma, conditions, attend)
+                velocity = self._velocity(history, history_sigma, noisy, sigma, conditions, text, attend)
                 predicted = noisy - _per_frame(sigma) * velocity
                 chunk_is_predicted = torch.rand_like(sigma[:, :: self.chunk_frames]) < 0.5
                 replaced = chunk_is_predicted.repeat_interleave(self.chunk_frames, dim=1)
                 history = torch.where(_per_frame(replaced), predicted, history)
             torch.clear_autocast_cache()  # it holds weights cast without a graph
-        velocity = self._velocity(history, history_sigma, noisy, sigma, conditions, attend)
+        velocity = self._velocity(history, history_sigma, noisy, sigma, conditions, text, attend)
         errors = functional.mse_loss(velocity, noise - clean, reduction="none").mean(dim=(2, 3, 4))
         late = errors[:, frames // 2 :].mean().detach()
         return {"loss": errors.mean(), "loss_second_half": late}
@@ -109,12 +111,13 @@ class WorldModelModule(TimedModule):
         noisy: Tensor,
         sigma: Tensor,
         conditions: dict[str, Tensor],
+        text: Tensor | None,
         attend: TeacherForcingAttend,
     ) -> Tensor:
         timesteps = 1000.0 * torch.cat([history_sigma, sigma], dim=1)
         latents = torch.cat([history, noisy], dim=1)
         twice = {name: torch.cat([value, value], dim=1) for name, value in conditions.items()}
-        out = self.transformer(latents, timesteps, attend=attend, **twice)
+        out = self.transformer(latents, timesteps, attend=attend, text=text, **twice)
         return out[:, noisy.shape[1] :].float()
 
     def _conditions(self, actions: Tensor) -> dict[str, Tensor]:
