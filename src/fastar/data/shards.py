@@ -9,7 +9,10 @@ from torch.utils.data import get_worker_info
 
 
 def shard() -> tuple[int, int]:
-    """(number of this shard, shards) over distributed ranks and loader workers."""
+    """(number of this shard, shards) over distributed ranks and loader workers.
+
+    The rank comes from torch.distributed when it is initialised, else from the variables RANK and WORLD_SIZE.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     else:

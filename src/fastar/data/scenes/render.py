@@ -32,7 +32,7 @@ _CANVAS_H, _CANVAS_W = HEIGHT + 2 * _MARGIN, WIDTH + 2 * _MARGIN
 
 @dataclass(frozen=True)
 class Truth:
-    """What a script shows. A shot's actors come first, in the order of mention; rows of those it lacks are zero, nouns -1.
+    """What a script shows. Actors are in the order of mention; rows of those that a shot lacks are zero, nouns -1.
 
     boxes:   float32 [F, 3, 4], x0, y0, x1, y1 in pixels, x1 and y1 exclusive; may lie outside of the frame.
     visible: float32 [F, 3], share of the sprite's pixels that are in the frame and not behind a later actor.
@@ -64,19 +64,20 @@ def truth(script: Script) -> Truth:
     )
     start = 0
     for shot in script.shots:
-        owner = torch.full((shot.length, _CANVAS_H, _CANVAS_W), -1, dtype=torch.int8)
+        frames_of_shot = slice(start, start + shot.length)
+        owner = torch.full((shot.length, _CANVAS_H, _CANVAS_W), -1)
+        flat = owner.view(shot.length, -1)
         for number, actor in enumerate(shot.actors):
-            noun, mask = NOUNS.index(actor.noun), masks(actor.size)[NOUNS.index(actor.noun)]
+            noun = NOUNS.index(actor.noun)
             frame, pixels = _pixels(shot, number, torch.device("cpu"))
-            flat = owner.view(shot.length, -1)
-            flat[frame, pixels] = torch.where(mask.flatten(), torch.tensor(number, dtype=torch.int8), flat[frame, pixels])
-            corners = _corners(shot, number, torch.device("cpu"))
-            found.boxes[start : start + shot.length, number] = (corners.repeat(1, 2) + boxes(actor.size)[noun]).float()
-            found.nouns[start : start + shot.length, number] = noun
-        inside = _inner(owner)
+            flat[frame, pixels] = flat[frame, pixels].masked_fill(masks(actor.size)[noun].flatten(), number)
+            corners = _corners(shot, number, torch.device("cpu")).repeat(1, 2)
+            found.boxes[frames_of_shot, number] = (corners + boxes(actor.size)[noun]).float()
+            found.nouns[frames_of_shot, number] = noun
         for number, actor in enumerate(shot.actors):
-            total = masks(actor.size)[NOUNS.index(actor.noun)].sum()
-            found.visible[start : start + shot.length, number] = (inside == number).sum((1, 2)) / total
+            pixels_of_noun = masks(actor.size)[NOUNS.index(actor.noun)].sum()
+            seen = (_inner(owner) == number).sum((1, 2))
+            found.visible[frames_of_shot, number] = seen / pixels_of_noun
         start += shot.length
     return found
 
@@ -105,7 +106,7 @@ def _corners(shot: Shot, actor: int, device: torch.device) -> Tensor:
 
 
 def _pixels(shot: Shot, actor: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Frames [L, 1] and pixels of the flat canvas [L, S * S] that the actor's cell covers; all outside if it is gone."""
+    """Frames [L, 1] and pixels of the flat canvas [L, S * S] that the actor's cell covers."""
     side = SIZES[shot.actors[actor].size]
     corners = _corners(shot, actor, device)
     left = corners[:, 0].clamp(-side, WIDTH) + _MARGIN

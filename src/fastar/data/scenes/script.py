@@ -84,13 +84,17 @@ class Actor:
 
     def __post_init__(self) -> None:
         if self.noun not in NOUNS:
-            raise ValueError(f"there is no picture of '{self.noun}': choose a noun of fastar.data.scenes.nouns.")
+            raise ValueError(
+                f"there is no picture of '{self.noun}': choose a noun of fastar.data.scenes.nouns."
+            )
         if self.size not in SIZES:
             raise ValueError(f"unknown size '{self.size}': choose from {', '.join(SIZES)}.")
         if not all(0 <= i <= 2 for i in self.place):
             raise ValueError(f"a place is a row and a column from 0 to 2, not {self.place}.")
         if self.place[1] != ENTERING_COLUMN.get(self.motion, self.place[1]):
-            raise ValueError(f"what comes in {self.motion} has its place in that column, not {self.place[1]}.")
+            raise ValueError(
+                f"what comes in {self.motion} has its place in that column, not {self.place[1]}."
+            )
         if self.slow and self.motion not in MOVES:
             raise ValueError(f"only what moves right, left, up or down can be slow, not '{self.motion}'.")
 
@@ -179,7 +183,9 @@ def draw_script(index: int, *, seed: int = 0, split: Split = "train", frames: in
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be train or heldout, not '{split}'.")
     if frames % 4 or not LENGTHS[0] <= frames <= MOST_SHOTS * LENGTHS[-1]:
-        raise ValueError(f"frames must be a multiple of 4 from 12 to {MOST_SHOTS * LENGTHS[-1]}, not {frames}.")
+        raise ValueError(
+            f"frames must be a multiple of 4 from 12 to {MOST_SHOTS * LENGTHS[-1]}, not {frames}."
+        )
     rng = np.random.default_rng([seed * _SEED_STRIDE + index, split == "heldout"])
     nouns = rng.choice(len(NOUNS), rng.integers(3, 6), replace=False)
     cast = [(NOUNS[i], _pick(tuple(SIZES), rng)) for i in nouns]
