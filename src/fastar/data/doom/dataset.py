@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from fastar.data.doom.camera import EYE, HEIGHT, WIDTH
 from fastar.data.doom.env import DoomWorlds
 from fastar.data.doom.maps import Split, World, make_world
 from fastar.data.doom.policy import Walk, plan_clip
 from fastar.data.doom.raycast import Raycaster
+from fastar.data.shards import own_numbers
 
 _WORLDS_PER_ENGINE = 32  # an engine start costs 0.2 s, entering a further world of the same file 5 ms
 _SEED_STRIDE = 1 << 40  # worlds of different dataset seeds never meet
@@ -33,8 +33,7 @@ class DoomClips(IterableDataset[dict[str, Tensor]]):
             (raycast.py).
 
     Clip number i belongs to shard i mod (ranks x loader workers), so ranks and workers never repeat each
-    other. The rank comes from torch.distributed when it is initialised, else from the variables RANK and
-    WORLD_SIZE. `clips` ends the dataset after that many clips (all shards together); the first is
+    other (fastar/data/shards.py). `clips` ends the dataset after that many clips (all shards together); the first is
     number `first_index`. `numbered` gives chosen clips.
     """
 
@@ -62,11 +61,7 @@ class DoomClips(IterableDataset[dict[str, Tensor]]):
         return world, plan_clip(world, self.frames, rng)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        own_shard, shards = shard()
-        start = self.first_index + own_shard
-        if self.clips is None:
-            return self.numbered(count(start, shards))
-        return self.numbered(range(start, self.first_index + self.clips, shards))
+        return self.numbered(own_numbers(self.first_index, self.clips))
 
     def numbered(self, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
         """The clips of these numbers, in this order, whatever the shard."""
@@ -94,14 +89,3 @@ def clip_truth(walk: Walk) -> dict[str, Tensor]:
     depth = np.stack([caster.depth(pose) for pose in walk.poses]).astype(np.float16)
     pose = torch.tensor([(pose.x, pose.y, EYE, pose.degrees) for pose in walk.poses], dtype=torch.float32)
     return {"pose": pose, "depth": torch.from_numpy(depth)}
-
-
-def shard() -> tuple[int, int]:
-    """(number of this shard, shards) over distributed ranks and loader workers."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    else:
-        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    info = get_worker_info()
-    worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-    return rank * workers + worker, ranks * workers

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fastar.data.doom.camera import HEADINGS, Action
-from fastar.data.doom.dataset import clip_truth, render_clip, shard
+from fastar.data.doom.dataset import clip_truth, render_clip
 from fastar.data.doom.env import DoomWorlds
 from fastar.data.doom.maps import Split, World, make_world
 from fastar.data.doom.policy import Walk, extend, random_start, revisit, shortest_path, wander
 from fastar.data.doom.truth import RECENT, first_returns, return_masks
+from fastar.data.shards import shard
 
 _WORLDS_PER_ENGINE = 8
 _ATTEMPTS = 40  # ways back drawn in one world before giving up; most first ones do
