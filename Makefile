@@ -35,7 +35,7 @@ format: setup ## rewrite files as ruff wants them
 
 constraints: ## resolve constraints.txt anew (needs uv); torch and what comes with its CUDA build stay out of it
 	uv pip compile --quiet --universal --python-version 3.11 --no-emit-package torch --no-header --no-annotate --upgrade \
-	  --extra analysis --extra cpu --extra dev --extra doom --extra features --extra launchers pyproject.toml \
+	  --extra analysis --extra cpu --extra dev --extra doom --extra features --extra launchers --extra text pyproject.toml \
 	  | grep -vE '^(nvidia|cuda|triton)' > constraints.txt
 
 clean: ## remove what make, tests and linters made; runs under outputs/ stay

@@ -3,7 +3,7 @@
 #
 #   PYTHON      interpreter to build on                       (python3; 3.11 or newer)
 #   VENV        folder of the environment                     (.venv)
-#   EXTRAS      extras of pyproject.toml, or none             (doom,features,launchers,cpu,dev)
+#   EXTRAS      extras of pyproject.toml, or none             (doom,features,text,launchers,cpu,dev)
 #               launchers: many processes here, or jobs on a Slurm cluster (conf/launcher)
 #   TORCH       CPU torch for machines without a CUDA torch   (torch==2.13.0)
 #   INSTALLER   uv or pip                                     (uv where it runs, otherwise pip)
@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=${EXTRAS:-doom,features,launchers,cpu,dev}
+EXTRAS=${EXTRAS:-doom,features,text,launchers,cpu,dev}
 TORCH=${TORCH:-torch==2.13.0}
 INSTALLER=${INSTALLER:-}
 

