@@ -1,5 +1,6 @@
 """Scripts of scenes: fixed by their number, made of the right pairs, refused if they make no sense."""
 
+import hashlib
 from itertools import pairwise
 
 import pytest
@@ -109,6 +110,12 @@ def test_what_comes_in_starts_outside_and_slow_is_half_as_fast() -> None:
 def test_what_makes_no_sense_is_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("size", "digest"), [("small", "8d4431c8f1a61489"), ("large", "fc610f11dd127700")])
+def test_sprites_are_scaled_to_the_same_pixels_everywhere(size: str, digest: str) -> None:
+    """A model trained on other pixels, or a detector that knows others, would be off."""
+    assert hashlib.sha256(sprites(size).numpy().tobytes()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("size", SIZES)
