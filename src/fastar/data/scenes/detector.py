@@ -29,7 +29,7 @@ class Presence:
 
     @property
     def share(self) -> float:
-        """Found of those expected; nan if none is."""
+        """Found of those expected; 0 if none is."""
         return (self.found & self.expected).sum().item() / max(1, self.expected.sum().item())
 
 

@@ -1,0 +1,101 @@
+"""Clips of scenes: a number fixes every bit, no shard repeats another, prompts as the backbone reads them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastar.data.scenes.dataset import NUM_ACTIONS, SHOT_CODE, ScenesClips, pad_prompt, shot_code
+from fastar.data.scenes.prompt import write_prompt
+from fastar.data.scenes.render import render
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+class Letters:
+    """A token for every word: its first letter, eight times."""
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def encode(self, sentences: list[str]) -> list[Tensor]:
+        self.encoded += sentences
+        return [torch.tensor([[float(ord(word[0]))] * 8 for word in text.split()]) for text in sentences]
+
+
+def test_a_number_fixes_every_bit_of_a_clip() -> None:
+    chosen = list(ScenesClips(frames=24).numbered([2, 0]))
+    assert [int(clip["index"]) for clip in chosen] == [2, 0]
+    in_order = list(ScenesClips(frames=24, clips=3))
+    assert chosen[0].keys() == {"frames", "actions", "index"}
+    assert all(torch.equal(chosen[0][key], in_order[2][key]) for key in chosen[0])
+    assert not torch.equal(next(ScenesClips(frames=24, seed=1).numbered([2]))["frames"], chosen[0]["frames"])
+    later = list(ScenesClips(frames=24, clips=2, first_index=1))
+    assert [int(clip["index"]) for clip in later] == [1, 2]
+
+
+def test_items_hold_frames_and_the_timecode() -> None:
+    data = ScenesClips(frames=192, split="heldout")
+    clip = next(iter(data))
+    assert torch.equal(clip["frames"], render(data.script(0)))
+    assert clip["actions"].dtype == torch.int64 and clip["actions"].max() < NUM_ACTIONS == 192
+    pairs = [(int(action) // 24, int(action) % 24) for action in clip["actions"]]
+    assert pairs == data.script(0).timecode()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_workers_share_the_clips(workers: int) -> None:
+    loader = DataLoader(ScenesClips(frames=12, clips=5), batch_size=None, num_workers=workers)
+    assert sorted(int(clip["index"]) for clip in loader) == [0, 1, 2, 3, 4]
+
+
+def test_ranks_share_the_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [int(clip["index"]) for clip in ScenesClips(frames=12, clips=6)] == [1, 4]
+
+
+def test_prompts_are_the_sentences_one_after_the_other() -> None:
+    encoder = Letters()
+    data = ScenesClips(frames=48, encoder=encoder)
+    clip, again = data.numbered([5, 5])
+    sentences = [sentence.text for sentence in write_prompt(data.script(5))]
+    assert encoder.encoded == sentences, "those of the second time are kept"
+    assert all(torch.equal(clip[key], again[key]) for key in clip)
+    words = [(shot, word) for shot, text in enumerate(sentences) for word in text.split()]
+    prompt, tokens = clip["prompt"], int(clip["prompt_tokens"])
+    assert prompt.shape == (512, 8 + SHOT_CODE) and prompt.dtype == torch.float16 and tokens == len(words)
+    assert prompt[:tokens, 0].tolist() == [float(ord(word[0])) for _, word in words]
+    codes = torch.stack([shot_code(shot) for shot, _ in words]).half()
+    assert torch.equal(prompt[:tokens, 8:], codes) and not prompt[tokens:].any()
+
+
+def test_shots_have_different_codes_of_equal_length() -> None:
+    codes = torch.stack([shot_code(shot) for shot in range(8)])
+    assert torch.cdist(codes, codes).add(torch.eye(8)).min() > 0.5
+    assert codes.norm(dim=1).allclose(codes[0].norm().expand(8))
+
+
+def test_prompts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="600 tokens does not fit into 512"):
+        pad_prompt([torch.zeros(300, 4), torch.zeros(300, 4)])
+
+
+def test_wrong_arguments_fail_at_once() -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ScenesClips(frames=50)
+    with pytest.raises(ValueError, match="train or heldout"):
+        ScenesClips(split="test")  # type: ignore[arg-type]
+
+
+def test_the_config_makes_clips() -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose(
+            "train", ["backbone=tiny", "data=scenes", "training=tiny", "backbone.context_frames=24"]
+        )
+    for part in (config.data.train, config.data.heldout):
+        assert next(iter(instantiate(part)))["frames"].shape[0] == 24
