@@ -33,7 +33,9 @@ def work(config: DictConfig, record: JobRecord | None) -> None:
     """One comparison; in a sweep, the report comes at its end."""
     from fastar.compare.job import compare
 
-    compare(config, record, report=HydraConfig.get().mode != RunMode.MULTIRUN)
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if not compare(config, record, report=not sweeping) and not sweeping:
+        raise SystemExit(1)  # reasons have been told, and are in the report
 
 
 if __name__ == "__main__":

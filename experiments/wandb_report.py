@@ -2,7 +2,7 @@
 
     python experiments/wandb_report.py outputs/frontier my-team/fastar
 
-Needs `pip install 'fastar[wandb-report]'`, `wandb login`, and the runs there (logger=wandb logger.mode=online, or
+Needs `pip install -e '.[wandb-report]'`, `wandb login`, and the runs there (logger=wandb logger.mode=online, or
 `wandb sync` of what was logged offline). What the report shows is described in src/fastar/results/wandb_report.py.
 """
 

@@ -6,6 +6,8 @@
 step() {
   # `scancel --full` tells the batch script too, which would die of it; so does its child, unless it decides otherwise
   trap : USR1 USR2
+  # one launch for all tasks of the array and all their starts: force=true does what they share once
+  export FASTAR_LAUNCH=${FASTAR_LAUNCH:-slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
   # from 22.05 on srun does not look at what sbatch was asked for: all but one CPU would lie idle
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   local code=0 job=$SLURM_JOB_ID

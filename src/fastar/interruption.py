@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
+INTERRUPTED = "interrupted: the same command goes on where this one stopped"
+"""What Ctrl-C ends with."""
+
 _received: signal.Signals | None = None
 _earlier: dict[signal.Signals, Any] = {}
 

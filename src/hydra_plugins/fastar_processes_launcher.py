@@ -17,7 +17,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from fastar.interruption import SIGNALS, Interrupted, requeue
+from fastar.interruption import INTERRUPTED, SIGNALS, Interrupted, requeue
 from fastar.results.logtail import sentence_of
 from fastar.sweep.devices import GPUS, LAUNCHER, PER_GPU, visible_gpus
 from fastar.sweep.job import job_return
@@ -26,7 +26,7 @@ from fastar.sweep.status import bury_dead
 
 log = logging.getLogger(__name__)
 
-MOST_HITS = 3
+MOST_HITS = 2  # then a job is done by itself
 SETTLE_SECONDS = 2
 
 
@@ -49,14 +49,15 @@ class ProcessesLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """All jobs. If a worker is killed, joblib ends all others, too: what they did goes on in new ones.
 
-        Which of them was meant is not known, so a job is given up when it was hit for the third time.
+        Which of them was meant is not known, so a job that was hit twice is done by itself, and given
+        up if it is hit again.
         """
         try:
             from hydra_plugins.hydra_joblib_launcher import _core
             from joblib.externals.loky.process_executor import TerminatedWorkerError
         except ImportError as error:
             raise SystemExit(
-                "error: launcher=processes needs Hydra's joblib launcher: pip install 'fastar[launchers]'"
+                "error: launcher=processes needs Hydra's joblib launcher: pip install -e '.[launchers]'"
             ) from error
         gpus = visible_gpus()
         if self.n_jobs == -1:
@@ -67,21 +68,23 @@ class ProcessesLauncher(Launcher):
         experiment = Path(str(self.config.paths.outputs)) / str(self.config.name)
         todo, hits = list(job_overrides), Counter[str]()
         while todo:
+            batch = [overrides for overrides in todo if hits[job_key(overrides)] < MOST_HITS] or todo[:1]
             try:
                 with signals_forwarded():
-                    _core.launch(launcher=self, job_overrides=todo, initial_job_idx=initial_job_idx)
-                break
+                    _core.launch(launcher=self, job_overrides=batch, initial_job_idx=initial_job_idx)
+                todo = [overrides for overrides in todo if overrides not in batch]
             except TerminatedWorkerError as error:
                 time.sleep(SETTLE_SECONDS)  # until the last of them is gone
                 bury_dead(experiment)
-                hit = [overrides for overrides in todo if was_killed(experiment, overrides)]
-                hits.update(job_key(overrides) for overrides in hit)
-                todo = [
-                    overrides for overrides in todo
-                    if is_waiting(experiment, overrides) or (overrides in hit and hits[job_key(overrides)] < MOST_HITS)
-                ]  # fmt: skip
+                hit = [overrides for overrides in batch if was_killed(experiment, overrides)]
                 if not hit:
                     raise
+                hits.update(job_key(overrides) for overrides in hit)
+                again = [] if len(batch) == 1 else hit
+                todo = [
+                    overrides for overrides in todo
+                    if overrides not in batch or overrides in again or is_waiting(experiment, overrides)
+                ]  # fmt: skip
                 log.error("a worker process was killed (%s): %d jobs go on", sentence_of(error), len(todo))
         return [job_return(overrides) for overrides in job_overrides]
 
@@ -100,21 +103,29 @@ def is_waiting(experiment: Path, overrides: Sequence[str]) -> bool:
 
 @contextmanager
 def signals_forwarded() -> Iterator[None]:
-    """Signals to stop go on to the workers, which save and end; then this process does, back to the queue if any."""
+    """Signals to stop go on to the workers, which save and end; then this process does, back to the queue if any.
+
+    A terminal sends Ctrl-C to the workers as well, other senders do not: it goes on as SIGTERM. A second one
+    stops at once.
+    """
     received: list[signal.Signals] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
         received.append(signal.Signals(number))
         for child in psutil.Process().children():
             if "resource_tracker" not in " ".join(
                 child.cmdline()
             ):  # joblib's own, which must outlive the workers
-                child.send_signal(number)
+                child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    earlier = {number: signal.signal(number, forward) for number in SIGNALS}
+    earlier = {number: signal.signal(number, forward) for number in (*SIGNALS, signal.SIGINT)}
     try:
         yield
     except BaseException:
+        if signal.SIGINT in received:
+            raise SystemExit(INTERRUPTED) from None
         if received:
             log.warning("%s", requeue())
             raise Interrupted(received[0]) from None

@@ -22,8 +22,8 @@ from fastar.data.doom.raycast import Raycaster
 from fastar.data.doom.truth import FOCAL_X, FOCAL_Y, unproject, visible
 from fastar.interruption import SIGNALS
 
-pytest.importorskip("vizdoom", reason="the Doom engine is not installed: pip install fastar[doom]")
-cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install fastar[doom]")
+pytest.importorskip("vizdoom", reason="the Doom engine is not installed: pip install -e '.[doom]'")
+cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install -e '.[doom]'")
 CONF = Path(__file__).parents[2] / "conf"
 SUBPROCESS_ENV = {**os.environ, "PYTHONPATH": str(CONF.parent / "src")}
 

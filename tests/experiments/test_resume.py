@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from fastar.compare import comparison as comparison_module
-from fastar.compare.comparison import LATENTS, Comparison
+from fastar.compare.comparison import Comparison
 from fastar.compare.session import open_session
+from fastar.compare.tasks import LATENTS
 from fastar.interruption import Interrupted, listening
 from fastar.results import load, load_runs
 from fastar.results.lock import RunLock

@@ -1,6 +1,7 @@
 """One loader from folders to a tidy table, and tables with spread from there."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def synthetic(root: Path, number: int, *, chunks: int = 20) -> None:
     ]
     pq.write_table(to_table(rows), folder / "metrics.parquet")
     summary = {
-        "run_id": folder.name, "status": "done", "experiment": "sweep", "seed": number % 10,
+        "run_id": folder.name, "status": "done", "experiment": root.name, "seed": number % 10,
         "labels": {"method": f"m{number // 10}"}, "config": {"cache": {"budget_frames": number}},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -68,8 +69,32 @@ def test_patterns(tmp_path: Path) -> None:
     assert len(load_runs(f"{tmp_path}/a/*")) == 2
     assert len(load_runs(f"{tmp_path}/*/run001")) == 2
     assert len(load_runs([tmp_path / "a" / "run001", tmp_path / "a"])) == 2, "a run found twice counts once"
+    (tmp_path / "latest").symlink_to("a")
+    assert len(load_runs(tmp_path)) == 4, "links lead to the same runs"
     with pytest.raises(ValueError, match="no runs match"):
         load(tmp_path / "c")
+    odd = tmp_path / "é [v1]"
+    synthetic(odd, 1)
+    assert len(load_runs(odd)) == 1, "a folder's name is no pattern"
+
+
+def test_copies_and_other_versions_are_refused(tmp_path: Path) -> None:
+    synthetic(tmp_path / "a", 1)
+    shutil.copytree(tmp_path / "a", tmp_path / "backup")
+    with pytest.raises(ValueError, match=r"is the same run as .* leave one of them out"):
+        load(tmp_path)
+    path = tmp_path / "backup" / "run001" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "run_id": "new", "schema_version": 2}))
+    with pytest.raises(ValueError, match="several schema versions"):
+        load(tmp_path)
+
+
+def test_a_damaged_table_is_one_sentence(tmp_path: Path) -> None:
+    synthetic(tmp_path, 1)
+    table = tmp_path / "run001" / "metrics.parquet"
+    table.write_bytes(table.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"metrics\.parquet is damaged .*: remove the folder"):
+        load(tmp_path)
 
 
 def test_done_without_its_table_is_an_error(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fastar.results import files as files_module
 from fastar.results.files import ROWS, STATE, Unwritable, read_summary
 from fastar.results.lock import RunLock, RunLocked, is_stale, start_of, this_process
 from fastar.results.logtail import reason_of
-from fastar.results.store import Run
+from fastar.results.run import Run
 
 
 def opened(root: Path, seed: int = 0, **options: Any) -> Run:

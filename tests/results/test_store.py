@@ -16,7 +16,7 @@ from fastar.results import lock as lock_module
 from fastar.results.failures import is_out_of_memory
 from fastar.results.files import ROWS, STATE, TABLE, atomic
 from fastar.results.lock import RunLock, RunLocked, is_stale, this_process
-from fastar.results.store import Run
+from fastar.results.run import Run
 
 CONFIG = {"cache": {"budget_frames": 24}}
 
@@ -104,7 +104,7 @@ def test_damaged_summary_is_one_clear_sentence(tmp_path: Path) -> None:
 
 def test_completion_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at any write of `complete`, the run is still unfinished and its rows are still there."""
-    import fastar.results.store as store
+    import fastar.results.run as store
 
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -221,10 +221,18 @@ def test_which_locks_are_stale(monkeypatch: pytest.MonkeyPatch, change: dict[str
     assert is_stale({**this_process(), **change}) is stale
 
 
-def test_an_unreadable_lock_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "lock").write_text("")
+def test_a_lock_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text('{"owner": "somebody"}')
     with pytest.raises(RunLocked, match="does not say who holds it"):
         lock_module.RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("left", [b"", b'{"host": "a', b"\x00\xff\x00"])
+def test_a_lock_that_a_power_cut_left_is_taken_over(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "lock").write_bytes(left)
+    lock = lock_module.RunLock(tmp_path)
+    lock.acquire()
+    assert lock.holder() is not None
 
 
 def test_unwritable_folder_is_one_clear_sentence(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def test_runs_of_two_lengths_get_a_report_each_and_a_failing_point_is_a_row(tmp_
     assert "-m" in line and "frames=8,16" in line and "budget_share=0.0001" in line
     todo = (tmp_path / "todo.txt").read_text().splitlines()
     assert len(todo) == 2 and all("budget_share=0.0001" in overrides for overrides in todo)
-    assert not any("paths" in overrides or "logger" in overrides for overrides in todo)
+    assert all(f"paths.outputs={tmp_path}" in overrides for overrides in todo)
+    assert not any("logger" in overrides for overrides in todo)
     assert len(list(read_records(folder))) == 4
 
 

@@ -6,14 +6,24 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fastar.results import RunStore, load, run_id
 from fastar.results.files import read_summary
 from fastar.results.loading import FAILURE
 from fastar.results.lock import RunLock, this_process
-from fastar.results.store import Run
+from fastar.results.run import Run
 from fastar.sweep.callback import expand
-from fastar.sweep.records import JobRecord, essential, job_key, read_record, record_of, take
+from fastar.sweep.records import (
+    JobRecord,
+    essential,
+    forget_waiting,
+    job_key,
+    read_record,
+    read_sweep_file,
+    record_of,
+    take,
+)
 from fastar.sweep.resolvers import layers_of
 from fastar.sweep.status import bury_dead, count_rows, rerun_commands, survey, widest
 
@@ -95,7 +105,9 @@ def test_states_of_runs_and_jobs(tmp_path: Path) -> None:
         "missing": 1,
     }  # fmt: skip
     [command] = rerun_commands(found.unfinished)
-    assert command == "python experiments/compare.py -m a=2,3" or command.endswith("a=3,2")
+    assert command in {
+        f"python experiments/compare.py -m a={values} paths.outputs={tmp_path}" for values in ("2,3", "3,2")
+    }
 
 
 def test_a_killed_process_becomes_a_failed_row_that_can_be_resumed(tmp_path: Path) -> None:
@@ -126,11 +138,12 @@ def test_a_killed_process_becomes_a_failed_row_that_can_be_resumed(tmp_path: Pat
     assert survey(folder).counts() == {"done": 1}
 
 
-def test_commands_for_the_rest_are_few_and_cover_it(tmp_path: Path) -> None:
+def test_commands_for_the_rest_are_few_and_cover_it() -> None:
     """Six of nine points of a grid: no command does one that is done."""
     grid = [("experiment=x", f"a={a}", f"b={b}") for a in range(3) for b in range(3)]
     left = [point for point in grid if point not in (grid[0], grid[4], grid[8])]
-    records = [JobRecord(tmp_path / job_key(point), "compare.py", list(point)) for point in left]
+    jobs = Path("outputs/x/jobs")
+    records = [JobRecord(jobs / job_key(point), "compare.py", list(point)) for point in left]
     commands = rerun_commands(records)
     done: set[tuple[str, ...]] = set()
     for command in commands:
@@ -174,3 +187,70 @@ def test_layers_by_name(choice: str, layers: list[int]) -> None:
 def test_layers_of_no_such_name(choice: str) -> None:
     with pytest.raises(ValueError, match="layers are named all, or first_70 and last_70"):
         layers_of(choice, 4)
+
+
+def test_the_spelling_of_overrides_does_not_matter() -> None:
+    assert job_key(["method=[dense, window]", "frames=8", "x=0.10"]) == job_key(
+        ["frames=8", "method=[dense,window]", "x=0.1"]
+    )
+    assert essential(["~metrics.psnr", "seeds=[0,1]"]) == ["~metrics.psnr", "seeds=[0,1]"]
+
+
+def test_the_printed_command_finds_the_folder_again(tmp_path: Path) -> None:
+    odd = tmp_path / "it's [v1]"
+    jobs = [job(odd / "sweep", f"a={value}", status="waiting") for value in (1, 2)] + [
+        job(odd / "sweep", "~b")
+    ]
+    swept, single = (shlex.split(command) for command in rerun_commands(jobs))
+    assert swept[:4] == ["python", "experiments/compare.py", "-m", "a=1,2"] and single[2] == "~b"
+    for words in (swept, single):
+        places = [word for word in words if word.startswith("paths.outputs=")]
+        [place] = OverridesParser.create().parse_overrides(places)
+        assert place.value() == str(odd)
+
+
+def test_a_job_that_has_still_to_begin_may_plan_other_runs(tmp_path: Path) -> None:
+    record = job(tmp_path / "sweep", "a=1", status="waiting")
+    with opened(tmp_path / "sweep", 0, "a=1"):
+        pass
+    assert [state for _, state in survey(tmp_path / "sweep").jobs] == ["waiting"]
+    record.status, record.failure = "failed", {"kind": "killed", "reason": "its process ended"}
+    record.save()
+    assert [state for _, state in survey(tmp_path / "sweep").jobs] == ["done"], (
+        "another process finished its runs"
+    )
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
+    job(tmp_path / "sweep", "a=1", runs=2)
+    for seed in range(2):
+        with opened(tmp_path / "sweep", seed, "a=1") as run:
+            pass
+    (run.folder / "summary.json").write_text("{")
+    runs = survey(tmp_path / "sweep").runs
+    assert sorted(run["state"] for run in runs) == ["done", "failed"]
+    assert any("is damaged" in str(run.get("reason")) for run in runs)
+
+
+def test_lines_of_a_sweep_file_that_never_began_are_missing(tmp_path: Path) -> None:
+    job(tmp_path / "sweep", "a=1")
+    with opened(tmp_path / "sweep", 0, "a=1"):
+        pass
+    (tmp_path / "sweep.txt").write_text("a=1 paths.outputs=elsewhere\n\n'a=[x, y]' b=2\n")
+    asked = read_sweep_file(tmp_path / "sweep.txt", tmp_path / "sweep")
+    states = {
+        tuple(record.overrides): state for record, state in survey(tmp_path / "sweep", asked=asked).jobs
+    }
+    assert states == {("a=1",): "done", ("a=[x,y]", "b=2"): "missing"}
+    for wrong in ("'a=1", "a=[1"):
+        (tmp_path / "sweep.txt").write_text(f"a=1\n{wrong}\n")
+        with pytest.raises(ValueError, match=r"line 2 of .*sweep\.txt cannot be read"):
+            read_sweep_file(tmp_path / "sweep.txt", tmp_path / "sweep")
+
+
+def test_jobs_that_slurm_refused_are_forgotten(tmp_path: Path) -> None:
+    for override, runs, status in (("a=10", 0, "waiting"), ("a=9", 0, "waiting"), ("a=2", 1, "waiting")):
+        job(tmp_path / "sweep", override, runs=runs, status=status)
+    assert [record.overrides for record, _ in survey(tmp_path / "sweep").jobs] == [["a=2"], ["a=9"], ["a=10"]]
+    forget_waiting(tmp_path / "sweep", [["a=10"], ["a=2"], ["a=3"]])
+    assert [record.overrides for record, _ in survey(tmp_path / "sweep").jobs] == [["a=2"], ["a=9"]]

@@ -20,7 +20,7 @@ pytestmark = [
 def test_an_interrupted_stage_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
     whole, expected = fitted(tmp_path / "whole", name, [])
     assert next(iter(whole.weights[0].values())).is_cuda
-    again, repeated = fitted(tmp_path / "again", name, [])
+    _, repeated = fitted(tmp_path / "again", name, [])
     assert same(repeated, expected), "two uninterrupted ones"
     last, found = fitted(tmp_path / "interrupted", name, [{2: "SIGTERM"}, {20: "SIGUSR1"}, {52: "SIGTERM"}])
     assert same(found, expected), "EMA weights"

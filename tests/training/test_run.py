@@ -181,7 +181,7 @@ def test_an_export_tells_which_weights_it_started_from(
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("vizdoom") is None, reason="needs the simulator (pip install fastar[doom])"
+    importlib.util.find_spec("vizdoom") is None, reason="needs the simulator (pip install -e '.[doom]')"
 )
 def test_the_tiny_backbone_trains_from_the_command_line(repository: Path, tmp_path: Path) -> None:
     steps = [f"training.{stage}.max_steps=4" for stage in ("autoencoder", "transformer")]

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
+from hydra.errors import InstantiationException, OverrideParseException
+from omegaconf import MissingMandatoryValue
 
+from fastar.interruption import INTERRUPTED
 from fastar.results.files import unwritable
+from fastar.results.lock import RunLocked
 from fastar.results.logtail import sentence_of, unwrapped
 from fastar.sweep.devices import is_worker
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-CAN_BE_PUT_RIGHT = (ValueError, FileNotFoundError)
+CAN_BE_PUT_RIGHT = (ValueError, FileNotFoundError, RunLocked)
 """Errors that a person can put right: told in their one sentence."""
 
 
@@ -47,8 +50,10 @@ def clear_errors() -> Iterator[None]:
         if isinstance(unwrapped(error), CAN_BE_PUT_RIGHT):
             raise SystemExit(f"error: {sentence_of(error)}") from error
         raise
+    except MissingMandatoryValue as error:
+        raise SystemExit(f"error: say {error.full_key}=...; --help shows an example") from error
     except KeyboardInterrupt as error:
-        raise SystemExit("interrupted: the same command goes on where this one stopped") from error
+        raise SystemExit(INTERRUPTED) from error
 
 
 def check_choices(arguments: Sequence[str], folder: Path) -> None:
@@ -58,7 +63,11 @@ def check_choices(arguments: Sequence[str], folder: Path) -> None:
     """
     group, choices = folder.name, sorted(path.stem for path in folder.glob("*.yaml"))
     overrides = [argument for argument in arguments if argument.startswith(f"{group}=")]
-    for override in OverridesParser.create().parse_overrides(overrides):
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException:
+        return  # Hydra says what is wrong with it
+    for override in parsed:
         value = override.value()
         names = value if isinstance(value, list) else [value]
         unknown = [name for name in names if str(name) not in choices]
@@ -72,6 +81,6 @@ def check_writable(folder: Path, setting: str = "paths.outputs") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # other processes probe, too
     except OSError as error:
         raise unwritable(folder, error, setting) from error

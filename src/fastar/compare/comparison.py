@@ -5,78 +5,41 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastar import engines, interruption
 from fastar.compare import methods as method_nodes
 from fastar.compare.clips import AnyClips, check_source, load_clips
+from fastar.compare.command import CAN_BE_PUT_RIGHT
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
 from fastar.compare.runs import ComparisonRuns
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
+from fastar.compare.tasks import LATENTS, REFERENCE, Group, Task, read_latents
 from fastar.data.video import upscale, write_mp4
 from fastar.results import Run, run_id
 from fastar.results.files import Unwritable, atomic
+from fastar.results.loading import RESERVED
 from fastar.results.lock import RunLocked
-from fastar.results.logtail import sentence_of
+from fastar.results.logtail import sentence_of, unwrapped
 from fastar.sparsity.base import check_choice
 
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("A", "B", "C")
-REFERENCE = "dense"
-"""The method whose free-running rollout is the trajectory of A and B and the truth of fidelity scores."""
-
-FAILURES = (ValueError, RuntimeError, MemoryError, InstantiationException)
-"""What may go wrong with one method and leave the others alone: unsupported, out of memory, not finite."""
-
-LATENTS = "latents.safetensors"
 VIDEO_SCALE = 2  # H.264 halves the colour resolution, which would show at 96 x 128
 
 
 WAIT_SECONDS = 5
 """Between looks at runs that another process works on."""
-
-
-@dataclass(eq=False)
-class Group:
-    """Seeds that share rollouts, and what their runs have in common, made when the first of them needs it.
-
-    Attributes:
-        reference: latents [B, n, C, h, w] of the dense rollout.
-        waits: the dense rollout has not been made or found yet.
-    """
-
-    seeds: list[int]
-    load: Callable[[Sequence[int]], AnyClips]
-    waits: bool
-    reference: Tensor | None = None
-
-    @cached_property
-    def clips(self) -> AnyClips:
-        return self.load(self.seeds)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Runs that are done in one go: a protocol and group of seeds, for one method or, in protocol A, several."""
-
-    methods: tuple[str, ...]
-    protocol: str
-    group: Group
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.methods)}, protocol {self.protocol}, seeds {self.group.seeds}"
 
 
 @dataclass
@@ -231,7 +194,7 @@ class Comparison:
 
     def _trajectory(self, group: Group) -> Tensor:
         if group.reference is None:
-            raise ValueError(f"there is no dense trajectory: the method '{REFERENCE}' failed for these seeds")
+            raise ValueError(f"there is no dense trajectory: {group.problem}")
         given = self.session.beginning(group.clips)
         return torch.cat([given, group.reference], dim=1)
 
@@ -262,13 +225,17 @@ class Comparison:
                 self._work(runs, task)
         except Unwritable:
             raise
-        except FAILURES as error:
+        except Exception as error:  # whatever went wrong with one method leaves the others alone
+            if not isinstance(unwrapped(error), (*CAN_BE_PUT_RIGHT, RuntimeError, MemoryError)):
+                logger.exception("%s", task)  # a fault of the code
             if len(task.methods) > 1:
                 self.say(f"{task}: all together failed ({sentence_of(error)}), now one by one")
                 for name in (name for name in task.methods if name not in locked):
                     locked += self._attempt(replace(task, methods=(name,)), retry_failed=True)
             else:
                 self.say(f"{task}: {sentence_of(error)}")
+                if (task.methods, task.protocol) == ((REFERENCE,), "C"):
+                    task.group.problem = sentence_of(error)
         return locked
 
     def _work(self, runs: Mapping[str, Run], task: Task) -> None:
@@ -277,11 +244,8 @@ class Comparison:
         if unfinished:
             work = {"A": self._lockstep_a, "B": self._lockstep_b, "C": self._free}[task.protocol]
             work(unfinished, task.group)
-        if (tuple(runs), task.protocol) == ((REFERENCE,), "C") and (
-            runs[REFERENCE].folder / LATENTS
-        ).exists():
-            latents = load_file(runs[REFERENCE].folder / LATENTS)["latents"]
-            task.group.reference = latents.to(self.session.device)
+        if (tuple(runs), task.protocol) == ((REFERENCE,), "C"):
+            task.group.reference = read_latents(runs[REFERENCE].folder / LATENTS).to(self.session.device)
 
     def _scorer(self, run: Run, group: Group) -> Scorer:
         return Scorer(run, self.session, group.clips, self.metrics, group.reference)
@@ -320,6 +284,11 @@ class Comparison:
             check_choice("protocols", protocol, PROTOCOLS)
         if {"A", "B"} & set(config.protocols) and not self._needs_reference:
             raise ValueError(f"protocols A and B need the method '{REFERENCE}': add it to method=[...]")
+        reserved = set(config.columns) & set(RESERVED)
+        if reserved:
+            raise ValueError(
+                f"a column of the results cannot be called {min(reserved)}: rename it in `columns`"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(
                 f"seeds must be a positive number or a list of different numbers, got {config.seeds}"

@@ -13,7 +13,7 @@ from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.compare.speedup import baseline_of
 from fastar.metrics.efficiency import ChunkTimes, PassTimer, PeakMemory
-from fastar.results.store import Run
+from fastar.results.run import Run
 from fastar.rollout.method import Method
 from fastar.rollout.rollout import Rollout
 

@@ -8,11 +8,12 @@ from fastar.compare.command import check_writable, progress_bar, wide_console
 from fastar.compare.comparison import Comparison
 from fastar.compare.report import hand_over, write_report
 from fastar.compare.session import open_session
+from fastar.results.files import read_summary
 from fastar.sweep.records import JobRecord
 
 
-def compare(config: DictConfig, record: JobRecord | None = None, *, report: bool = True) -> None:
-    """All runs of `config`, and the report on them unless a sweep makes one of all its jobs."""
+def compare(config: DictConfig, record: JobRecord | None = None, *, report: bool = True) -> bool:
+    """All runs of `config`, and the report on them unless a sweep makes one of all its jobs; whether all are done."""
     console = wide_console()
     folder = Path(config.paths.outputs) / config.name
     check_writable(folder)
@@ -27,6 +28,7 @@ def compare(config: DictConfig, record: JobRecord | None = None, *, report: bool
         progress.update(task, completed=comparison.total_chunks)
     if report:
         report_on(comparison)
+    return all((read_summary(run) or {}).get("status") == "done" for run in comparison.runs)
 
 
 def report_on(comparison: Comparison) -> None:

@@ -14,7 +14,7 @@ from fastar.compare.free import Advance
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.metrics.attention import AttentionProbe
-from fastar.results.store import Run
+from fastar.results.run import Run
 from fastar.rollout.method import Method
 from fastar.rollout.protocols import TeeCache, lockstep_a, lockstep_b
 

@@ -10,7 +10,7 @@ from fastar.compare.clips import AnyClips, Clips
 from fastar.compare.session import Session
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
 from fastar.metrics.fidelity import frame_psnr
-from fastar.results.store import Run
+from fastar.results.run import Run
 from fastar.rollout.rollout import NonFiniteError, Rollout
 
 WHOLE_CLIP = frozenset({"vmaf"})

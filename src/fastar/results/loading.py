@@ -16,6 +16,11 @@ FAILURE = "failure"
 """Metric of the one row that stands for a failed run; its value is NaN and its `reason` says why."""
 
 
+RESERVED = (*SCHEMA.names, "experiment", "run_id", "run", "status", "seed", "kind", "reason", "where", "time", "device",
+            "commit", "dirty", "folder")  # fmt: skip
+"""Columns that `load` and `load_runs` make: no label may have their name."""
+
+
 def load(
     pattern: str | Path | Sequence[str | Path] = "outputs/**",
     *,
@@ -39,9 +44,10 @@ def load(
         partial: also the rows of running and failed runs; `status` tells them apart.
 
     Raises:
-        ValueError: no runs are there, or one is damaged.
+        ValueError: no runs are there, one is damaged or there twice, or they are of several schema versions.
     """
     runs, parts = find_runs(pattern), []
+    _check_unique(runs)
     wanted = list(config)
     for number, (folder, summary) in enumerate(runs):
         table = _rows_of(folder, summary, partial=partial)
@@ -60,7 +66,9 @@ def load_runs(
 ) -> pd.DataFrame:
     """One row per run: what `load` has per run, then failure, time, device and git state."""
     wanted, records = list(config), []
-    for folder, summary in find_runs(pattern):
+    runs = find_runs(pattern)
+    _check_unique(runs)
+    for folder, summary in runs:
         failure, made_with = summary.get("failure") or {}, summary.get("environment") or {}
         records.append(
             {
@@ -85,16 +93,37 @@ def find_runs(pattern: str | Path | Sequence[str | Path]) -> list[tuple[Path, di
     patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
     folders: set[Path] = set()
     for each in patterns:
-        files = glob.glob(f"{each}/{SUMMARY}", recursive=True) or glob.glob(
-            f"{each}/**/{SUMMARY}", recursive=True
+        place = glob.escape(str(each)) if Path(each).is_dir() else each  # a folder may be called a[1]
+        files = glob.glob(f"{place}/{SUMMARY}", recursive=True) or glob.glob(
+            f"{place}/**/{SUMMARY}", recursive=True
         )
         folders |= {Path(file).parent for file in files}
-    found = [(folder, summary) for folder in sorted(folders) if (summary := read_summary(folder)) is not None]
+    once = {
+        folder.resolve(): folder for folder in sorted(folders, reverse=True)
+    }  # links lead to the same run
+    found = [
+        (folder, summary) for folder in sorted(once.values()) if (summary := read_summary(folder)) is not None
+    ]
     if not found:
         raise ValueError(
             f"no runs match {', '.join(map(str, patterns))}: give the folder of an experiment or a glob of it"
         )
     return found
+
+
+def _check_unique(found: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Raise a ValueError if a run is there twice, as in a copied folder, or if versions of the store are mixed."""
+    seen: dict[tuple[Any, ...], Path] = {}
+    versions = {}
+    for folder, summary in found:
+        key = (summary.get("experiment"), summary["run_id"])
+        if key in seen:
+            raise ValueError(f"{folder} is the same run as {seen[key]} (a copy?): leave one of them out")
+        seen[key] = folder
+        versions[summary.get("schema_version")] = folder
+    if len(versions) > 1:
+        places = ", ".join(f"{version} in {folder}" for version, folder in versions.items())
+        raise ValueError(f"runs of several schema versions cannot be read together ({places}): name one kind")
 
 
 def _describe(summary: dict[str, Any], config: Iterable[str]) -> dict[str, Any]:
@@ -124,8 +153,13 @@ def _rows_of(folder: Path, summary: dict[str, Any], *, partial: bool) -> pa.Tabl
                 f"{folder} is marked as done but has no {TABLE}: remove the folder to run it again"
             )
         # small files, many of them: threads and read-ahead would cost more than they save
-        with pq.ParquetFile(folder / TABLE) as table:
-            return table.read(use_threads=False).cast(SCHEMA)
+        try:
+            with pq.ParquetFile(folder / TABLE) as table:
+                return table.read(use_threads=False).cast(SCHEMA)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{folder / TABLE} is damaged ({error}): remove the folder to run it again"
+            ) from error
     rows = read_rows(folder / ROWS) if partial else []
     if status == "failed":
         rows.append(dict.fromkeys(SCHEMA.names) | {"metric": FAILURE, "value": float("nan"), "unit": ""})

@@ -53,7 +53,7 @@ class RunLock:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
             holder = self.holder()
-            if holder is not None and is_stale(holder):
+            if is_cut_off(self.path) or (holder is not None and is_stale(holder)):
                 self.path.unlink(missing_ok=True)
             if not self._create():
                 raise RunLocked(self._refusal())
@@ -72,7 +72,7 @@ class RunLock:
 
     def holder(self) -> dict[str, Any] | None:
         """Who holds the lock; None if nobody does or the file cannot be read."""
-        with suppress(FileNotFoundError, json.JSONDecodeError):
+        with suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             found = json.loads(self.path.read_text())
             if isinstance(found, dict) and {"host", "boot", "pid", "process_start"} <= found.keys():
                 return found
@@ -84,6 +84,8 @@ class RunLock:
         try:
             with part.open("w") as file:
                 json.dump(this_process(), file)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves an empty lock
             os.link(part, self.path)
         except (FileExistsError, FileNotFoundError):  # not found: the holder has swept our part away
             return False
@@ -103,6 +105,17 @@ class RunLock:
             f"{self.path.parent.name} is being worked on by process {holder['pid']} on host {holder['host']}{job} "
             f"since {holder.get('since')}: wait for it, or remove {self.path} if that process is gone"
         )
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether a lock is no JSON. They appear whole, so a power cut did that, and the holder is gone."""
+    try:
+        json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def this_process() -> dict[str, Any]:

@@ -162,8 +162,10 @@ def plot_setting(
     if not numeric:
         names = [str(value) for value in places]
         slanted = sum(map(len, names)) > 40  # side by side they would overlap
-        turn = {"rotation": 15, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-        axes.set_xticks(list(places.values()), names, **turn)
+        axes.set_xticks(list(places.values()), names)
+        if slanted:
+            for label in axes.get_xticklabels():
+                label.set(rotation=15, ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_xlabel(setting.replace("_", " "))
     return _save(figure, axes, path)

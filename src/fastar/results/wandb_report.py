@@ -13,7 +13,7 @@ from fastar.metrics.names import METRICS, unit_of
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
 
-INSTALL = "W&B reports need the package wandb-workspaces: pip install 'fastar[wandb-report]'"
+INSTALL = "W&B reports need the package wandb-workspaces: pip install -e '.[wandb-report]'"
 
 SPEED = ("speedup/dense", "fps_chunk", "chunk_s", "cache_bytes", "peak_chunk")
 QUALITY = ("psnr", "psnr/truth", "latent_error", "density", "recall", "output_error", "byte_share")

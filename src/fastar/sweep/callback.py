@@ -15,7 +15,7 @@ from fastar.sweep.status import is_held
 
 
 class SweepCallback(Callback):
-    """Named in conf/compare.yaml under hydra.callbacks."""
+    """Named in conf/compare.yaml and conf/rollout.yaml under hydra.callbacks."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Write a record for every job, so that what was never begun is known to be missing."""
@@ -33,10 +33,12 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show what came of the jobs, and one report on all of their runs; exit status 1 if something is missing."""
-        from fastar.compare.sweep_report import finish_sweep
+        from fastar.compare.sweep_report import finish_sweep, show_sweep
 
+        jobs = [job_key(overrides) for overrides in expand(config)]
         with clear_errors():
-            if not finish_sweep(config, [job_key(overrides) for overrides in expand(config)]):
+            complete = finish_sweep(config, jobs) if "baseline" in config else show_sweep(config, jobs)
+            if not complete:
                 sys.exit(1)
 
 

@@ -5,9 +5,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
+
 from fastar.results.launch import launch_id
+from fastar.results.lock import RunLock, is_stale
+from fastar.sweep.records import JOBS
 
 GPUS, PER_GPU = "FASTAR_GPUS", "FASTAR_PROCESSES_PER_GPU"
 LAUNCHER = "FASTAR_LAUNCHER_PID"
@@ -18,6 +23,20 @@ _claimed: list[int] = []  # descriptors of this process; their locks go with it,
 def is_worker() -> bool:
     """Whether `launcher=processes` has started this process."""
     return os.environ.get(LAUNCHER, str(os.getpid())) != str(os.getpid())
+
+
+def await_other_workers(experiment: Path, *, seconds: float = 300) -> None:
+    """In a worker process that is about to end, wait for those beside it that are still at a job of `experiment`.
+
+    The first one that ends makes joblib end all, in the middle of what they are saving.
+    """
+    launcher, deadline = int(os.environ[LAUNCHER]), time.monotonic() + seconds
+    while time.monotonic() < deadline and psutil.pid_exists(launcher):
+        beside = {child.pid for child in psutil.Process(launcher).children()} - {os.getpid()}
+        holders = [RunLock(path.parent).holder() for path in experiment.glob(f"{JOBS}/*/lock")]
+        if not any(holder["pid"] in beside and not is_stale(holder) for holder in holders if holder):
+            return
+        time.sleep(0.1)
 
 
 def visible_gpus() -> list[str]:

@@ -10,10 +10,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fastar.compare.command import CAN_BE_PUT_RIGHT
-from fastar.interruption import Interrupted, listening, requeue, slurm_job
+from fastar.interruption import INTERRUPTED, Interrupted, listening, requeue, slurm_job
 from fastar.results.files import unwritable
 from fastar.results.logtail import sentence_of, unwrapped
-from fastar.sweep.devices import claim_gpu, is_worker
+from fastar.sweep.devices import await_other_workers, claim_gpu, is_worker
 from fastar.sweep.records import JobRecord, record_of, take
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def run_job(config: DictConfig, program: str, work: Work) -> None:
             raise
         except KeyboardInterrupt as error:
             status = "interrupted"
-            raise SystemExit("interrupted: the same command goes on where this one stopped") from error
+            raise SystemExit(INTERRUPTED) from error
         except Exception as error:
             record.fail(error)
             told = isinstance(unwrapped(error), CAN_BE_PUT_RIGHT)
@@ -67,7 +67,9 @@ def run_job(config: DictConfig, program: str, work: Work) -> None:
                     log.warning("%s", unwritable(record.folder, error))
                 finally:
                     lock.release()
-            if status == "interrupted" and not is_worker():
+            if status == "interrupted" and is_worker():
+                await_other_workers(experiment)
+            elif status == "interrupted":
                 log.warning("%s", requeue())
 
 

@@ -7,11 +7,17 @@ run is said by the run itself, never here.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
 
 from fastar.results.files import atomic
 from fastar.results.lock import RunLock, RunLocked
@@ -75,12 +81,21 @@ def job_key(overrides: Sequence[str]) -> str:
 
 
 def essential(overrides: Sequence[str]) -> list[str]:
-    """The overrides that say what a job is."""
+    """The overrides that say what a job is, spelt as Hydra does: `[a,b]` for `[a, b]`, `0.1` for `0.10`."""
 
     def group(override: str) -> str:
         return override.lstrip("+~").split("=")[0].split(".")[0].split("@")[0].split("/")[0]
 
-    return [override for override in overrides if group(override) not in WHERE_AND_HOW]
+    chosen = [override for override in overrides if group(override) not in WHERE_AND_HOW]
+    parsed = OverridesParser.create().parse_overrides(chosen)
+    return [respelt(override) for override in parsed]
+
+
+def respelt(override: Override) -> str:
+    """An override as Hydra's sweeper writes it."""
+    if override.is_delete() and override.value() is None:
+        return override.get_key_element()
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
 def record_of(experiment: Path, program: str, overrides: Sequence[str]) -> JobRecord:
@@ -112,6 +127,31 @@ def read_records(experiment: Path) -> Iterator[JobRecord]:
         record = read_record(path.parent)
         if record is not None:
             yield record
+
+
+def read_sweep_file(path: Path, experiment: Path) -> list[JobRecord]:
+    """The jobs of a sweep file of slurm/compare_array.sbatch: their records in `experiment`, or new ones.
+
+    Raises:
+        ValueError: a line is no list of overrides.
+        FileNotFoundError: there is no such file.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            overrides = shlex.split(line)
+            records += [record_of(experiment, "compare.py", overrides)] if overrides else []
+        except (ValueError, OverrideParseException) as error:
+            raise ValueError(f"line {number} of {path} cannot be read: {error}") from error
+    return records
+
+
+def forget_waiting(experiment: Path, jobs: Iterable[Sequence[str]]) -> None:
+    """Remove the records of jobs (overrides) that have never begun, because Slurm refused them, say."""
+    for overrides in jobs:
+        record = read_record(experiment / JOBS / job_key(overrides))
+        if record is not None and record.status == "waiting" and not record.runs:
+            shutil.rmtree(record.folder)
 
 
 def take(record: JobRecord, slurm_job: str | None) -> RunLock | None:

@@ -121,7 +121,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"Doom worlds need the package {name}: pip install fastar[doom]") from error
+        raise ImportError(f"Doom worlds need the package {name}: pip install -e '.[doom]'") from error
 
 
 @contextmanager
