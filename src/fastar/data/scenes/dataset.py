@@ -21,7 +21,7 @@ TEXT_LEN = 512
 """Tokens of a padded prompt."""
 SHOT_CODE = 32
 """Channels behind a token's embedding that say which shot it belongs to."""
-SHOT_CODE_AMPLITUDE = 1.0
+SHOT_CODE_AMPLITUDE = 0.5
 """The code's norm is then 4; that of a token's embedding by MiniLM-L6 is about 5.7."""
 _SENTENCES_KEPT = 256
 
