@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import shlex
 import subprocess
 import time
@@ -179,7 +180,9 @@ def outcome(job: Any) -> str | None:
     try:
         returned = [result for result in job.results() if result.status != JobStatus.COMPLETED]
     except FailedJobError as error:
-        return str(error).strip().splitlines()[-1]  # of the traceback, which is in the log
+        # submitit's sentence, the traceback between two rules, which is in the log, and where the log is
+        parts = re.split(r"^-{10,}$", str(error), flags=re.MULTILINE)
+        return parts[1 if len(parts) > 1 else 0].strip().splitlines()[-1]
     except UncompletedJobError:
         return f"Slurm says {job.state}"
     return str(returned[0]._return_value) if returned else None

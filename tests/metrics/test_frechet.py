@@ -84,5 +84,5 @@ def test_efficientnet_knows_its_classes() -> None:
 
 def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ValueError, match=r"pip install 'fastar\[features\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[features\]'"):
         FrechetDistance()

@@ -123,7 +123,7 @@ def person(root: Path) -> dict[str, str]:
         "SLURM_CONF": str(root / "etc/slurm.conf"),
         "VIRTUAL_ENV": sys.prefix,
         "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY / "src"),
+        "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}",
         "OMP_NUM_THREADS": "1",
     }
 

@@ -35,7 +35,9 @@ def test_an_array_runs_the_lines_of_a_sweep_file(cluster: Cluster, tmp_path: Pat
         "--array=3", *SMALL, f"--output={tmp_path}/missing", script, tmp_path / "sweep.txt"
     )
     log_of(cluster, job, tmp_path / "[12].log")
-    assert "sweep.txt is empty, or there are fewer" in log_of(cluster, missing, tmp_path / "missing", ended="FAILED")
+    assert "sweep.txt is empty, or there are fewer" in log_of(
+        cluster, missing, tmp_path / "missing", ended="FAILED"
+    )
     runs = load_runs(tmp_path / "frontier")
     assert sorted(runs["seed"]) == [3, 3, 5, 5] and set(runs["status"]) == {"done"}
 
