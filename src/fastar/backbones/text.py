@@ -288,6 +288,6 @@ def _transformers() -> Any:
     except ImportError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"the text encoder needs transformers ({reason}): pip install 'fastar[text]'"
+            f"the text encoder needs transformers ({reason}): pip install -e '.[text]'"
         ) from error
     return transformers

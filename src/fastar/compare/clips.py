@@ -126,6 +126,7 @@ def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int,
         prefill=prefill,
         return_frames=batch.get("return_frames"),
         return_masks=batch.get("return_masks"),
+        prompts=Prompts(batch["prompt"].float(), batch["prompt_tokens"]) if "prompt" in batch else None,
     )
 
 
