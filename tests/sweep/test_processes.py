@@ -24,7 +24,9 @@ def start(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
     line = [sys.executable, str(ROOT / "experiments/compare.py"), "-m", *SMALL, f"paths.outputs={tmp_path}"]
     line += ["launcher=processes", "launcher.processes=2", *overrides]
     pipe = subprocess.PIPE
-    return subprocess.Popen(line, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        line, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 @pytest.mark.slow
@@ -51,21 +53,30 @@ def test_a_killed_worker_costs_its_own_job_only(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_signal_to_the_sweep_reaches_the_workers_which_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_to_the_sweep_reaches_the_workers_which_save(tmp_path: Path, sent: signal.Signals) -> None:
+    """SIGTERM to the sweep alone; Ctrl-C as a terminal sends it, to all processes."""
     work = ["method=[dense,window]", "protocols=[C]", "frames=1600", "save_every=1000", "seeds=[0],[1]"]
     sweep = start(tmp_path, *work)
     while len(list(tmp_path.glob("sweep/*/lock"))) < 2:
         time.sleep(0.2)
         assert sweep.poll() is None
     time.sleep(2)
-    sweep.send_signal(signal.SIGTERM)
+    if sent == signal.SIGINT:
+        os.killpg(sweep.pid, sent)
+    else:
+        sweep.send_signal(sent)
     said = sweep.communicate()[0]
-    assert sweep.returncode == 128 + signal.SIGTERM, said
-    assert "stopping at the next safe point" in said and "start the same command again" in said
+    if sent == signal.SIGINT:
+        assert sweep.returncode == 1 and "the same command goes on where this one stopped" in said, said
+    else:
+        assert sweep.returncode == 128 + signal.SIGTERM, said
+        assert "stopping at the next safe point" in said and "start the same command again" in said
+    assert "Traceback" not in said, said
     states = [json.loads(path.read_text())["status"] for path in tmp_path.glob("sweep/*/summary.json")]
     assert "running" in states and not list(tmp_path.glob("sweep/*/lock"))
     kept = list(tmp_path.glob("sweep/*/state.pt"))
-    assert kept, "saved though it was not yet time"
+    assert kept or sent == signal.SIGINT, "saved though it was not yet time"
     assert load(tmp_path / "sweep", partial=True)["chunk"].max() < 399
 
 
