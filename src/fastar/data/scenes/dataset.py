@@ -22,7 +22,7 @@ TEXT_LEN = 512
 SHOT_CODE = 32
 """Channels behind a token's embedding that say which shot it belongs to."""
 SHOT_CODE_AMPLITUDE = 0.5
-"""The code's norm is then 4; that of a token's embedding by MiniLM-L6 is about 5.7."""
+"""The norm of the code is then 2; that of a token after three layers of MiniLM-L6 is about 12."""
 _SENTENCES_KEPT = 256
 
 
