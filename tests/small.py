@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastar.attention.rope import RotaryEmbedding
 from fastar.attention.state import AttentionState, Recorder
-from fastar.backbones import Backbone, WanConfig, build_backbone
+from fastar.backbones import Backbone, Prompts, WanConfig, build_backbone
 from fastar.cache import CachePolicy, DenseCache
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
@@ -29,7 +29,7 @@ TOKENS = GRID[0] * GRID[1]  # of a frame
 LATENT = (CHANNELS, 2 * GRID[0], 2 * GRID[1])
 
 
-def small_backbone(seed: int = 0) -> Backbone:
+def small_backbone(seed: int = 0, *, text_dim: int | None = None) -> Backbone:
     """Two layers, two heads of 16, six tokens a frame, float32; no parameter is zero, so that all of it matters."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -37,7 +37,9 @@ def small_backbone(seed: int = 0) -> Backbone:
     actions = {"num_actions": ACTIONS, "action_motions": ((0, 0), (1, 0), (0, 30), (0, -30), (-1, 0))}
     backbone = build_backbone(
         name="small",
-        transformer=WanConfig(**sizes, in_channels=CHANNELS, out_channels=CHANNELS, **actions),
+        transformer=WanConfig(
+            **sizes, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=text_dim, **actions
+        ),
         autoencoder=None,
         frame_size=(16 * GRID[0], 16 * GRID[1]),
         chunk_frames=CHUNK,
@@ -71,10 +73,13 @@ def small_rollout(
     engine: str = "auto",
     recorders: Sequence[Recorder] = (),
     loop: ChunkLoop | None = None,
+    prompts: Prompts | None = None,
 ) -> Rollout:
     """A rollout at frame 0, with an exact dense cache unless told otherwise."""
     method = Method(name="small", cache=cache, self_attention=selector, engine=engine)
-    return start_rollout(backbone, method, loop=loop or small_loop(), seeds=seeds, recorders=recorders)
+    return start_rollout(
+        backbone, method, loop=loop or small_loop(), seeds=seeds, recorders=recorders, prompts=prompts
+    )
 
 
 def small_state(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
 from fastar.attention.rope import RotaryEmbedding, grid_positions
-from fastar.backbones import Backbone
+from fastar.backbones import Prompts
 from fastar.engines.training import TeacherForcingAttend
 from tests.small import CHUNK, clip, poses, small_backbone, small_rollout
 from tests.training.small import world_model
@@ -74,18 +74,16 @@ def test_the_block_mask_on_cuda_is_the_dense_mask_on_cpu() -> None:
     torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=2e-3)
 
 
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return small_backbone()
-
-
+@pytest.mark.parametrize("text_dim", [None, 6], ids=["silent", "prompted"])
 @pytest.mark.parametrize("first_frame", [0, 300])
 @torch.inference_mode()
 def test_training_and_cached_inference_compute_the_same_velocities(
-    backbone: Backbone, first_frame: int
+    first_frame: int, text_dim: int | None
 ) -> None:
     """One training pass over a clip against prefill and denoising passes, chunk by chunk, each at its noise level."""
-    frames = 8
+    frames, backbone = 8, small_backbone(text_dim=text_dim)
+    prompts = None if text_dim is None else Prompts(torch.randn(2, 5, text_dim), torch.tensor([5, 3]))
+    text = None if prompts is None else prompts.text("cpu", torch.float32)
     clean, actions = clip(frames, batch=2)
     sigma = torch.tensor([1.0, 0.83, 0.4, 0.05]).repeat_interleave(CHUNK).expand(2, -1)
     noisy = torch.lerp(clean, torch.randn(clean.shape), sigma[..., None, None, None])
@@ -94,9 +92,9 @@ def test_training_and_cached_inference_compute_the_same_velocities(
     attend = module._attend_for(clean)
     attend.place(first_frame)
     conditions = {"actions": actions, "poses": poses(backbone, actions)}
-    trained = module._velocity(clean, torch.zeros(2, frames), noisy, sigma, conditions, attend)
+    trained = module._velocity(clean, torch.zeros(2, frames), noisy, sigma, conditions, text, attend)
 
-    rollout = small_rollout(backbone, seeds=(0, 1))
+    rollout = small_rollout(backbone, seeds=(0, 1), prompts=prompts)
     rollout.next_frame = first_frame
     cached: list[Tensor] = []
     for at in range(0, frames, CHUNK):
