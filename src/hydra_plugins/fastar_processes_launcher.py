@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -115,10 +115,10 @@ def signals_forwarded() -> Iterator[None]:
             raise KeyboardInterrupt
         received.append(signal.Signals(number))
         for child in psutil.Process().children():
-            if "resource_tracker" not in " ".join(
-                child.cmdline()
-            ):  # joblib's own, which must outlive the workers
-                child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                # joblib's own process, which must outlive the workers
+                if "resource_tracker" not in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     earlier = {number: signal.signal(number, forward) for number in (*SIGNALS, signal.SIGINT)}
     try:

@@ -98,9 +98,8 @@ def find_runs(pattern: str | Path | Sequence[str | Path]) -> list[tuple[Path, di
             f"{place}/**/{SUMMARY}", recursive=True
         )
         folders |= {Path(file).parent for file in files}
-    once = {
-        folder.resolve(): folder for folder in sorted(folders, reverse=True)
-    }  # links lead to the same run
+    # links lead to the same run
+    once = {folder.resolve(): folder for folder in sorted(folders, reverse=True)}
     found = [
         (folder, summary) for folder in sorted(once.values()) if (summary := read_summary(folder)) is not None
     ]

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -40,8 +39,6 @@ from fastar.results.lock import RunLock, RunLocked
 from fastar.results.logtail import RunLog, last_lines, reason_of, sentence_of, unwrapped, without_paths
 from fastar.results.rows import to_table
 from fastar.results.sinks import Sink
-
-logger = logging.getLogger(__name__)
 
 
 def launches_of(summary: Mapping[str, Any]) -> list[str]:

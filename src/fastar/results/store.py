@@ -16,7 +16,6 @@ lock           while a process works on the run
 videos/, ...   whatever the experiment adds
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ from fastar.results.launch import launch_id
 from fastar.results.provenance import environment
 from fastar.results.run import Run
 from fastar.results.sinks import Sink
-
-logger = logging.getLogger(__name__)
 
 
 class RunStore:

@@ -25,9 +25,8 @@ class SweepCallback(Callback):
             check_writable(experiment)
             for overrides in expand(config):
                 record = record_of(experiment, program_of(config), overrides)
-                if not is_held(
-                    record.folder
-                ):  # else another sweep is at it, and shares the runs with this one
+                # if it is held, another sweep is at it, and shares the runs with this one
+                if not is_held(record.folder):
                     record.status, record.failure = "waiting", None
                     record.save()
 

@@ -31,8 +31,11 @@ def await_other_workers(experiment: Path, *, seconds: float = 300) -> None:
     The first one that ends makes joblib end all, in the middle of what they are saving.
     """
     launcher, deadline = int(os.environ[LAUNCHER]), time.monotonic() + seconds
-    while time.monotonic() < deadline and psutil.pid_exists(launcher):
-        beside = {child.pid for child in psutil.Process(launcher).children()} - {os.getpid()}
+    while time.monotonic() < deadline:
+        try:
+            beside = {child.pid for child in psutil.Process(launcher).children()} - {os.getpid()}
+        except psutil.NoSuchProcess:  # nobody is left to end the others
+            return
         holders = [RunLock(path.parent).holder() for path in experiment.glob(f"{JOBS}/*/lock")]
         if not any(holder["pid"] in beside and not is_stale(holder) for holder in holders if holder):
             return

@@ -95,9 +95,8 @@ def state_of_job(record: JobRecord, states: set[str]) -> str:
     was_killed = (record.failure or {}).get("kind") == "killed"
     if (record.status == "failed" and not (all_done and was_killed)) or "failed" in states:
         return "failed"
-    if (
-        all_done and record.status != "waiting"
-    ):  # a job that has still to begin may plan other runs than it did
+    # a job that has still to begin may plan other runs than it did
+    if all_done and record.status != "waiting":
         return "done"
     return "missing" if record.status == "waiting" and not record.runs else "waiting"
 

@@ -133,11 +133,11 @@ def _backdrop(background: Background, left: int, width: int, device: torch.devic
     x = torch.arange(left, left + width, device=device)[None]
     match background.pattern:
         case "plain":
-            second = (y >= _FLOOR) & (x == x)
+            second = y >= _FLOOR
         case "level stripes":
-            second = (y // _BAND % 2 == 1) & (x == x)
+            second = y // _BAND % 2 == 1
         case "upright stripes":
-            second = (x // _BAND % 2 == 1) & (y == y)
+            second = x // _BAND % 2 == 1
         case "checks":
             second = (x // _CHECK + y // _CHECK) % 2 == 1
         case "dots":
@@ -149,4 +149,4 @@ def _backdrop(background: Background, left: int, width: int, device: torch.devic
         case _:
             raise ValueError(f"no such pattern: '{background.pattern}'.")
     colours = torch.tensor([PALETTE[name] for name in background.colours], dtype=torch.uint8, device=device)
-    return colours[second.long()]
+    return colours[second.expand(HEIGHT, width).long()]
