@@ -92,6 +92,20 @@ def test_a_sentence_does_not_see_its_neighbours(whole: TextEncoder) -> None:
     assert whole.encode([]) == []
 
 
+def test_padded_numbers_give_the_same_embeddings(whole: TextEncoder) -> None:
+    texts = [*SENTENCES[:2], "a"]
+    numbers = [whole.numbers(text) for text in texts]
+    lengths = torch.tensor([*map(len, numbers), 0])
+    padded = torch.full((4, int(lengths.max()) + 3), 5)
+    for row, some in zip(padded, numbers, strict=False):
+        row[: len(some)] = torch.tensor(some)
+    found = whole.encode_numbers(padded, lengths)
+    for row, length, alone in zip(found, lengths, whole.encode(texts), strict=False):
+        torch.testing.assert_close(row[:length], alone, atol=1e-5, rtol=1e-5)
+        assert not row[length:].any()
+    assert not found[3].any()
+
+
 def test_embeddings_can_be_trained_on_and_are_float32_under_autocast(whole: TextEncoder) -> None:
     plain = whole.encode(SENTENCES)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -8,10 +8,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from fastar.compare.clips import Clips, load_clips
-from fastar.data.scenes.dataset import NUM_ACTIONS, SHOT_CODE, ScenesClips, pad_prompt, shot_code
+from fastar.data.scenes.dataset import NUM_ACTIONS, ScenesClips
+from fastar.data.scenes.embedding import CLAUSE_CODE, SHOT_CODE, codes, embed, position_code
+from fastar.data.scenes.embedding import number as number_prompt
 from fastar.data.scenes.nouns import NOUNS
 from fastar.data.scenes.prompt import write_prompt
 from fastar.data.scenes.render import render
@@ -23,12 +25,24 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 class Letters:
     """A token for every word: its first letter, eight times."""
 
+    positions = 60
+
     def __init__(self) -> None:
         self.encoded: list[str] = []
 
     def encode(self, sentences: list[str]) -> list[Tensor]:
         self.encoded += sentences
-        return [torch.tensor([[float(ord(word[0]))] * 8 for word in text.split()]) for text in sentences]
+        return [torch.tensor(self.numbers(text)).float()[:, None].expand(-1, 8) for text in sentences]
+
+    def offsets(self, sentence: str) -> list[tuple[int, int]]:
+        return [word.span() for word in re.finditer(r"\S+", sentence)]
+
+    def numbers(self, sentence: str) -> list[int]:
+        return [ord(word[0]) for word in sentence.split()]
+
+    def encode_numbers(self, numbers: Tensor, lengths: Tensor) -> Tensor:
+        inside = torch.arange(numbers.shape[1]) < lengths[:, None]
+        return (numbers * inside).float()[..., None].expand(-1, -1, 8)
 
 
 def test_a_number_fixes_every_bit_of_a_clip() -> None:
@@ -70,23 +84,56 @@ def test_prompts_are_the_sentences_one_after_the_other() -> None:
     sentences = [sentence.text for sentence in write_prompt(data.script(5))]
     assert encoder.encoded == sentences, "those of the second time are kept"
     assert all(torch.equal(clip[key], again[key]) for key in clip)
-    words = [(shot, word) for shot, text in enumerate(sentences) for word in text.split()]
+    words = [word for text in sentences for word in text.split()]
     prompt, tokens = clip["prompt"], int(clip["prompt_tokens"])
-    assert prompt.shape == (512, 8 + SHOT_CODE) and prompt.dtype == torch.float16 and tokens == len(words)
-    assert prompt[:tokens, 0].tolist() == [float(ord(word[0])) for _, word in words]
-    codes = torch.stack([shot_code(shot) for shot, _ in words]).half()
-    assert torch.equal(prompt[:tokens, 8:], codes) and not prompt[tokens:].any()
+    assert prompt.shape == (512, 8 + SHOT_CODE + CLAUSE_CODE) and prompt.dtype == torch.float16
+    assert tokens == len(words) and prompt[:tokens, 0].tolist() == [float(ord(word[0])) for word in words]
+    assert torch.equal(prompt[:tokens, 8:], codes(encoder, sentences).half()) and not prompt[tokens:].any()
 
 
-def test_shots_have_different_codes_of_equal_length() -> None:
-    codes = torch.stack([shot_code(shot) for shot in range(8)])
-    assert torch.cdist(codes, codes).add(torch.eye(8)).min() > 0.5
-    assert codes.norm(dim=1).allclose(codes[0].norm().expand(8))
+def test_codes_say_the_shot_and_the_clause() -> None:
+    found = codes(Letters(), ["a pig stays, an owl goes; it is red.", "the end."])
+    shots = [0] * 9 + [1] * 2
+    clauses = [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0]
+    wanted = [
+        torch.cat([position_code(shot, SHOT_CODE, 32), position_code(clause, CLAUSE_CODE, 8)])
+        for shot, clause in zip(shots, clauses, strict=True)
+    ]
+    assert torch.equal(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize(("numbers", "channels", "longest"), [(8, SHOT_CODE, 32), (5, CLAUSE_CODE, 8)])
+def test_different_numbers_have_different_codes_of_equal_length(
+    numbers: int, channels: int, longest: int
+) -> None:
+    found = torch.stack([position_code(n, channels, longest) for n in range(numbers)])
+    assert torch.cdist(found, found).add(9 * torch.eye(numbers)).min() > 0.9
+    assert found.norm(dim=1).allclose(torch.tensor((channels / 2) ** 0.5))
+
+
+def test_prompts_encoded_later_are_the_same() -> None:
+    now = ScenesClips(frames=48, encoder=Letters())
+    later = ScenesClips(frames=48, encoder=Letters(), encode_later=True)
+    batch = default_collate(list(later.numbered([3, 0, 4])))
+    assert "prompt" not in batch
+    expected = default_collate(list(now.numbered([3, 0, 4])))
+    finished = later.finish(batch)
+    assert finished.keys() == expected.keys()
+    assert all(torch.equal(finished[key], expected[key]) for key in expected)
+    assert now.finish(expected) is expected
 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="600 tokens does not fit into 512"):
-        pad_prompt([torch.zeros(300, 4), torch.zeros(300, 4)])
+    sentences, encoder = ["word " * 300] * 2, Letters()
+    encoder.positions = 300
+    for make in (
+        lambda: embed(encoder, sentences, encoder.encode(sentences)),
+        lambda: number_prompt(encoder, sentences),
+    ):
+        with pytest.raises(ValueError, match="600 tokens does not fit into 512"):
+            make()
+    with pytest.raises(ValueError, match="at most 8 sentences"):
+        number_prompt(encoder, ["a"] * 9)
 
 
 def test_wrong_arguments_fail_at_once() -> None:

@@ -223,6 +223,35 @@ class TextEncoder:
                 found |= zip(some, (state.clone() for state in states), strict=True)
         return [found[sentence] for sentence in range(len(numbers))]
 
+    def numbers(self, sentence: str) -> list[int]:
+        """Rows of the word embeddings that the tokens of `sentence` take, special tokens included.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        return list(self._tokens_of(sentence).ids)
+
+    @torch.no_grad()
+    def encode_numbers(self, numbers: Tensor, lengths: Tensor) -> Tensor:
+        """As `encode`, up to rounding, for sentences padded to a common length: one forward, for training.
+
+        Args:
+            numbers: int64 [N, L], of each sentence (`numbers`), anything behind its end.
+            lengths: int64 [N], tokens of each; 0 for no sentence.
+
+        Returns:
+            float32 [N, L, width] on the device of `numbers`, to which the encoder moves; zeros behind the end.
+        """
+        if self.device != numbers.device:
+            self.device = numbers.device
+            self.network.to(self.device)
+        inside = torch.arange(numbers.shape[1], device=self.device) < lengths[:, None]
+        with torch.autocast(self.device.type, enabled=False):
+            states = self.network(
+                input_ids=numbers.where(inside, 0), attention_mask=inside.long()
+            ).last_hidden_state
+        return states.where(inside[..., None], 0)
+
     def offsets(self, sentence: str) -> list[tuple[int, int]]:
         """Where each token of `sentence` stands in it: (first character, the one after the last); specials (0, 0).
 

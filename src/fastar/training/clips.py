@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import lightning
 import torch
@@ -23,6 +23,15 @@ class ClipSource(Protocol):
 
     def numbered(self, numbers: Iterable[int]) -> Iterator[Batch]:
         """The clips of these numbers, in this order; a number fixes every bit of its clip."""
+        ...
+
+
+@runtime_checkable
+class FinishesBatches(Protocol):
+    """Clips whose batches are completed on the device that trains, such as `ScenesClips`."""
+
+    def finish(self, batch: Batch) -> Batch:
+        """The completed batch."""
         ...
 
 
@@ -91,6 +100,10 @@ class ClipLoaders(lightning.LightningDataModule):
             ranks=trainer.world_size,
         )
         return make_loader(batches, num_workers=self.num_workers)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Complete the batch where it is used."""
+        return self.clips.finish(batch) if isinstance(self.clips, FinishesBatches) else batch
 
 
 def count_workers(layout: Layout) -> int:

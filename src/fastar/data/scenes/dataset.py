@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fastar.data.scenes import embedding
+from fastar.data.scenes.embedding import Encoder
 from fastar.data.scenes.prompt import write_prompt
 from fastar.data.scenes.render import render
 from fastar.data.scenes.script import LENGTHS, MOST_SHOTS, Script, Split, draw_script
@@ -17,20 +18,7 @@ from fastar.data.shards import own_numbers
 
 PHASES = LENGTHS[-1]
 NUM_ACTIONS = MOST_SHOTS * PHASES
-TEXT_LEN = 512
-"""Tokens of a padded prompt."""
-SHOT_CODE = 32
-"""Channels behind a token's embedding that say which shot it belongs to."""
-SHOT_CODE_AMPLITUDE = 0.5
-"""The norm of the code is then 2; that of a token after three layers of MiniLM-L6 is about 12."""
 _SENTENCES_KEPT = 256
-
-
-class Encoder(Protocol):
-    """A frozen text encoder."""
-
-    def encode(self, sentences: list[str]) -> Sequence[Tensor]:
-        """Embeddings [L_i, D] of every sentence's tokens, special tokens included."""
 
 
 class ScenesClips(IterableDataset[dict[str, Tensor]]):
@@ -40,9 +28,10 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
         frames:  uint8 [F, 96, 128, 3], RGB.
         actions: int64 [F], the timecode: number of the shot * 24 + frames since its cut.
         index:   int64 []; the number of the clip. (seed, split, index, frames) fixes every bit of it.
-        prompt:  float16 [512, D + 32], only with an `encoder`: embeddings of the sentences' tokens, each sentence
-            encoded alone, one after the other; `shot_code` in the last 32 channels; zeros after the last token.
-        prompt_tokens: int64 [], only with an `encoder`: tokens before the zeros.
+        prompt, prompt_tokens: only with an `encoder`; see `fastar.data.scenes.embedding.embed`.
+
+    With `encode_later` items carry the prompt's numbers instead (`embedding.number`), and `finish` encodes those of a
+    batch at once, on its device: a loader worker then spends a third of the time on a clip.
 
     Clip number i belongs to shard i mod (ranks x loader workers), so ranks and workers never repeat each other
     (fastar/data/shards.py). `clips` ends the dataset after that many clips (all shards together); the first is
@@ -58,9 +47,11 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
         clips: int | None = None,
         first_index: int = 0,
         encoder: Encoder | None = None,
+        encode_later: bool = False,
     ) -> None:
         self.frames, self.seed, self.split = frames, seed, split
-        self.clips, self.first_index, self.encoder = clips, first_index, encoder
+        self.clips, self.first_index = clips, first_index
+        self.encoder, self.encode_later = encoder, encode_later
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self.script(first_index)  # a wrong split or length fails here, not inside a worker
 
@@ -77,11 +68,19 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
             script = self.script(index)
             item = {"frames": render(script), "actions": timecode(script), "index": torch.tensor(index)}
             if self.encoder is not None:
-                prompt, tokens = pad_prompt(
-                    self._encode([sentence.text for sentence in write_prompt(script)])
-                )
-                item |= {"prompt": prompt, "prompt_tokens": tokens}
+                sentences = [sentence.text for sentence in write_prompt(script)]
+                if self.encode_later:
+                    item |= embedding.number(self.encoder, sentences)
+                else:
+                    prompt, tokens = embedding.embed(self.encoder, sentences, self._encode(sentences))
+                    item |= {"prompt": prompt, "prompt_tokens": tokens}
             yield item
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of items, on the device where it is used: with `encode_later`, its prompts are encoded."""
+        if self.encoder is None or not self.encode_later:
+            return batch
+        return embedding.embed_batch(self.encoder, batch)
 
     def _encode(self, sentences: list[str]) -> list[Tensor]:
         """Embeddings of the sentences; those of late clips are kept. One by one: a batch might change their bits."""
@@ -99,26 +98,3 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
 def timecode(script: Script) -> Tensor:
     """int64 [F]: number of the shot * 24 + frames since its cut, below NUM_ACTIONS."""
     return torch.tensor([shot * PHASES + phase for shot, phase in script.timecode()])
-
-
-def shot_code(shot: int) -> Tensor:
-    """float32 [32]: sines and cosines of a shot's number, at 16 wavelengths from 2 to 32 shots."""
-    angles = 2 * torch.pi * shot / torch.logspace(1, 5, SHOT_CODE // 2, base=2)
-    return SHOT_CODE_AMPLITUDE * torch.cat([angles.sin(), angles.cos()])
-
-
-def pad_prompt(sentences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Embeddings [L_i, D] of each shot's sentence -> (float16 [512, D + 32], int64 [] number of tokens).
-
-    Raises:
-        ValueError: more than 512 tokens.
-    """
-    tokens = torch.cat([
-        torch.cat([embedding.float().cpu(), shot_code(shot).expand(len(embedding), -1)], dim=1)
-        for shot, embedding in enumerate(sentences)
-    ])  # fmt: skip
-    if len(tokens) > TEXT_LEN:
-        raise ValueError(f"a prompt of {len(tokens)} tokens does not fit into {TEXT_LEN}: write fewer shots.")
-    prompt = torch.zeros(TEXT_LEN, tokens.shape[1], dtype=torch.float16)
-    prompt[: len(tokens)] = tokens
-    return prompt, torch.tensor(len(tokens))
