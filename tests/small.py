@@ -12,8 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fastar.attention.events import Recorder
 from fastar.attention.rope import RotaryEmbedding
-from fastar.attention.state import AttentionState, Recorder
+from fastar.attention.state import AttentionState
 from fastar.backbones import Backbone, Prompts, WanConfig, build_backbone
 from fastar.cache import CachePolicy, DenseCache
 from fastar.rollout.loops import ChunkLoop

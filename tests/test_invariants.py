@@ -28,8 +28,8 @@ from omegaconf import DictConfig
 
 from fastar import engines
 from fastar.attention.context import PassKind
+from fastar.attention.events import AttendEvent
 from fastar.attention.rope import grid_positions
-from fastar.attention.state import AttendEvent
 from fastar.backbones import Backbone
 from fastar.backbones.reference import BlockCausalAttend
 from fastar.backbones.wan.keys import key_pairs
@@ -56,7 +56,7 @@ from tests.small import (
     small_rollout,
     small_state,
 )
-from tests.test_repository import EXPERIMENTS, command_of, name_of
+from tests.test_repository import EXPERIMENTS, command_of, debug_of, name_of
 
 CACHES, SELECTORS = configs("cache"), configs("self_attention")
 BUDGETED = [name for name, config in CACHES.items() if "budget_frames" in config]
@@ -313,7 +313,8 @@ def test_6_the_wan_config_is_the_published_model_of_825_names() -> None:
 def test_7_every_experiment_composes_to_its_tiny_version(
     path: Path, composed: Callable[..., DictConfig]
 ) -> None:
-    """debug=tiny has the last word on the backbone, whatever the file says; tests/experiments runs such configs."""
+    """debug has the last word on the backbone, whatever the file says; tests/experiments runs such configs."""
     name, overrides = command_of(path)
-    config = composed(name, *overrides, "debug=tiny")
-    assert config.backbone.name == "tiny" and config.backbone.transformer.dim <= 64
+    debug = debug_of(composed(name, *overrides))
+    config = composed(name, *overrides, f"debug={debug}")
+    assert config.backbone.name == debug and config.backbone.transformer.dim <= 64

@@ -158,6 +158,11 @@ def command_of(experiment: Path) -> tuple[str, list[str]]:
     return name[1], [override for override in overrides if override != "-m"]
 
 
+def debug_of(config: DictConfig) -> str:
+    """The debug config of an experiment: backbones that read text have one of their own."""
+    return "tiny_text" if config.backbone.transformer.get("text_dim") else "tiny"
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 @pytest.mark.parametrize(
     "extra",

@@ -13,8 +13,9 @@ from torch import Tensor
 from fastar import engines
 from fastar.ann.base import Bucketizer
 from fastar.attention.context import PassContext, PassKind
+from fastar.attention.events import AttendEvent
 from fastar.attention.rope import grid_positions
-from fastar.attention.state import AttendEvent, AttentionState
+from fastar.attention.state import AttentionState
 from fastar.cache import (
     CachePolicy,
     DenseCache,

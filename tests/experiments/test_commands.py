@@ -25,7 +25,7 @@ from fastar.data.video import read_mp4
 from fastar.results import load, load_runs
 from fastar.sweep.callback import expand
 from tests.experiments.conftest import ROOT, command, noise_clips, values
-from tests.test_repository import command_of
+from tests.test_repository import command_of, debug_of
 
 EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
 SWEEPS = [path for path in EXPERIMENTS if "sweeper:" in path.read_text()]
@@ -88,9 +88,11 @@ def test_compare_from_the_command_line(tmp_path: Path) -> None:
 def test_every_experiment_runs_in_small(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep at its first point."""
     program, overrides = command_of(path)
-    monkeypatch.setattr(comparison, "load_clips", noise_clips)
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base=None):
-        small = ["debug=tiny", "seeds=1", "batch=1", "prefill_frames=16", "frames=8", "metrics=fast"]
+        small = ["seeds=1", "batch=1", f"debug={debug_of(compose(program, overrides=overrides))}"]
+        if "debug=tiny" in small:
+            monkeypatch.setattr(comparison, "load_clips", noise_clips)
+            small += ["prefill_frames=16", "frames=8", "metrics=fast"]
         config = compose(program, overrides=[*overrides, *small, f"paths.outputs={tmp_path}"])
     compare(config)
     runs = load_runs(tmp_path)
@@ -103,14 +105,15 @@ def test_every_point_of_a_sweep_composes_and_is_told_apart(path: Path, tmp_path:
     """No two points are the same runs, and the table's columns say which is which."""
     program, overrides = command_of(path)
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base=None):
-        whole = compose(program, overrides=[*overrides, "debug=tiny"], return_hydra_config=True)
+        debug = f"debug={debug_of(compose(program, overrides=overrides))}"
+        whole = compose(program, overrides=[*overrides, debug], return_hydra_config=True)
         swept = dict(whole.hydra.sweeper.params)
         jobs = expand(whole)
         assert len(jobs) == math.prod(len(str(values).split(",")) for values in swept.values()) > 1
         kept = [override for override in overrides if override.split("=")[0] not in swept]
         found: dict[str, str] = {}
         for job in jobs:
-            config = compose(program, overrides=[*job, *kept, "debug=tiny", f"paths.outputs={tmp_path}"])
+            config = compose(program, overrides=[*job, *kept, debug, f"paths.outputs={tmp_path}"])
             for run in Comparison(config, open_session(config)).planned():
                 told = str(sorted((key, str(value)) for key, value in run.items() if key != "run_id"))
                 assert found.setdefault(run["run_id"], told) == told

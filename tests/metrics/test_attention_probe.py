@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastar.attention.state import AttendEvent
+from fastar.attention.events import AttendEvent
 from fastar.backbones import Backbone
 from fastar.cache import CachePolicy, DenseCache, EmptyCache, TempCache, WindowCache
 from fastar.cache.slots import pack_positions

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastar.attention.context import PassContext
-from fastar.attention.state import AttendEvent
+from fastar.attention.events import AttendEvent
 from fastar.metrics.forgetting import ForgettingProbe
 from tests.small import DIM, HEADS, TOKENS, run, small_backbone, small_rollout
 

@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from fastar.attention.state import AttendEvent
+from fastar.attention.events import AttendEvent
 from fastar.backbones import Backbone, Prompts
 from fastar.backbones.reference import BlockCausalAttend
 from fastar.cache import DenseCache, TempCache

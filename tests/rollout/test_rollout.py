@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastar.attention.context import PassKind
-from fastar.attention.state import AttendEvent
+from fastar.attention.events import AttendEvent
 from fastar.backbones import Backbone
 from fastar.cache import DenseCache, TempCache, WindowCache
 from fastar.rollout.noise import chunk_noise

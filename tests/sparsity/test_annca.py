@@ -8,7 +8,7 @@ import torch
 from fastar import engines
 from fastar.ann.base import Bucketizer
 from fastar.attention.context import PassContext, PassKind
-from fastar.sparsity import AnnCA, DenseCross, compact, merge_identical
+from fastar.sparsity import AnnCA, DenseCross, PromptKeys, compact, merge_identical
 
 from .conftest import FirstCoordinate, denoise
 
@@ -27,10 +27,15 @@ def latents_and_prompt(seed: int = 0, heads: int = 3) -> tuple[torch.Tensor, tor
     return q, k
 
 
+def real(k: torch.Tensor) -> PromptKeys:
+    """Prompt keys without padding."""
+    return PromptKeys(k, torch.ones(k.shape[:3], dtype=torch.bool))
+
+
 @pytest.mark.parametrize("shared_heads", [False, True])
 def test_keeps_exactly_the_tokens_that_share_a_bucket(shared_heads: bool) -> None:
     q, k = latents_and_prompt()
-    keep = AnnCA(bucketizer=FirstCoordinate(), shared_heads=shared_heads).select(0, SPARSE, q, k)
+    keep = AnnCA(bucketizer=FirstCoordinate(), shared_heads=shared_heads).select(0, SPARSE, q, real(k))
     assert keep is not None and 0 < int(keep.sum()) < keep.numel()
     for b in range(2):
         for h in range(3):
@@ -42,7 +47,7 @@ def test_keeps_exactly_the_tokens_that_share_a_bucket(shared_heads: bool) -> Non
 def test_compaction_attends_to_the_kept_tokens_alone() -> None:
     q, k = latents_and_prompt()
     v = torch.randn(2, 3, 20, 8)
-    keep = AnnCA(bucketizer=FirstCoordinate()).select(0, SPARSE, q, k)
+    keep = AnnCA(bucketizer=FirstCoordinate()).select(0, SPARSE, q, real(k))
     assert keep is not None
     log_count = torch.randint(1, 5, keep.shape).float().log()
     short_k, short_v, short_count = compact(k, v, keep, log_count)
@@ -61,7 +66,7 @@ def test_compaction_attends_to_the_kept_tokens_alone() -> None:
 def test_a_head_that_keeps_nothing_puts_out_zero() -> None:
     q, k = latents_and_prompt()
     k[0, 1, :, 0] = 99.0
-    keep = AnnCA(bucketizer=FirstCoordinate()).select(0, SPARSE, q, k)
+    keep = AnnCA(bucketizer=FirstCoordinate()).select(0, SPARSE, q, real(k))
     assert keep is not None and not keep[0, 1].any()
     short_k, short_v, log_count = compact(k, torch.randn(2, 3, 20, 8), keep)
     out, _ = engines.attend(q, short_k, short_v, log_count=log_count, engine="sdpa")
@@ -76,8 +81,8 @@ def test_all_tokens_in_dense_passes() -> None:
         (1, SPARSE),
         (0, PassContext(PassKind.COMMIT, 0, 4, (0.0,) * 4)),
     ]:
-        assert annca.select(layer, context, q, k) is None
-    assert DenseCross().select(0, SPARSE, q, k) is None
+        assert annca.select(layer, context, q, real(k)) is None
+    assert DenseCross().select(0, SPARSE, q, real(k)) is None
     k_all, v_all, log_count = compact(k, k, None)
     assert k_all is k and v_all is k and log_count is None
 
@@ -85,16 +90,16 @@ def test_all_tokens_in_dense_passes() -> None:
 def test_decisions_are_kept_for_a_chunk_if_asked() -> None:
     (q, k), (q2, _) = latents_and_prompt(0), latents_and_prompt(1)
     fresh, kept = AnnCA(bucketizer=FirstCoordinate()), AnnCA(bucketizer=FirstCoordinate(), rebuild="chunk")
-    first = kept.select(0, denoise(2, 4), q, k)
-    assert kept.select(0, SPARSE, q2, k) is first
-    assert first is not None and not torch.equal(fresh.select(0, SPARSE, q2, k), first)
-    assert kept.select(0, denoise(3, 4, first_frame=12), q2, k) is not first
+    first = kept.select(0, denoise(2, 4), q, real(k))
+    assert kept.select(0, SPARSE, q2, real(k)) is first
+    assert first is not None and not torch.equal(fresh.select(0, SPARSE, q2, real(k)), first)
+    assert kept.select(0, denoise(3, 4, first_frame=12), q2, real(k)) is not first
 
 
 def test_tags_are_the_buckets() -> None:
     q, k = latents_and_prompt()
     bucketizer: Bucketizer = FirstCoordinate()
-    queries, keys = AnnCA(bucketizer=bucketizer).tags(q, k)
+    queries, keys = AnnCA(bucketizer=bucketizer).tags(q, real(k))
     assert torch.equal(queries, q[..., 0].long()) and torch.equal(keys, k[..., 0].long())
 
 

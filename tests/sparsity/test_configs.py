@@ -11,7 +11,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from fastar import engines
-from fastar.sparsity import CrossSelector, Selector
+from fastar.sparsity import CrossSelector, DenseCross, PromptKeys, Selector
 from fastar.sparsity.base import ScheduleOptions
 
 from .conftest import denoise
@@ -33,8 +33,13 @@ def test_cross_attention(path: Path) -> None:
     selector = instantiate(OmegaConf.load(path))
     assert isinstance(selector, CrossSelector)
     q, k = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 12, 16)
-    keep = selector.select(0, denoise(3, 4), q, k)
+    prompt = PromptKeys(k, torch.ones(k.shape[:3], dtype=torch.bool))
+    for context in (denoise(0, 4), denoise(3, 4)):
+        selector.observe(0, context, q, prompt)
+    keep = selector.select(0, denoise(3, 4), q, prompt)
+    assert (keep is None) == isinstance(selector, DenseCross)
     assert keep is None or (keep.shape == k.shape[:3] and keep.dtype == torch.bool)
+    assert not selector.tags_tokens or selector.tag(q, prompt).shape == q.shape[:3]
 
 
 @pytest.mark.parametrize("path", files("engine"), ids=lambda path: path.stem)

@@ -79,18 +79,24 @@ class LSHBucketizer(Bucketizer):
         bits: 1 to 16; 2^bits buckets.
         centre: take each side's own mean away first. Queries and keys of one head have means that point apart, and
             signs about the origin would then hardly ever agree.
+        centre_queries: as `centre` for the queries alone; None: alike. False keeps what all queries ask for together:
+            q.k ranks keys as q.(k - mean) does, not as (q - mean).(k - mean).
         seed: of the hyperplanes.
     """
 
-    def __init__(self, *, bits: int = 4, centre: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self, *, bits: int = 4, centre: bool = True, centre_queries: bool | None = None, seed: int = 0
+    ) -> None:
         check_bits(bits, 16)
         self.bits, self.centre, self.seed = bits, centre, seed
+        self.centre_queries = centre if centre_queries is None else centre_queries
 
     def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         check_features(queries, keys)
         planes = seeded_normal(self.seed, keys.shape[2], self.bits, like=keys)
-        sides = [x - x.mean(1, keepdim=True) if self.centre else x for x in (queries, keys)]
-        return _code(sides[0] @ planes), _code(sides[1] @ planes)
+        centred = ((queries, self.centre_queries), (keys, self.centre))
+        sides = [x - x.mean(1, keepdim=True) if centre else x for x, centre in centred]
+        return codes_of(sides[0] @ planes), codes_of(sides[1] @ planes)
 
 
 def check_bits(bits: int, most: int) -> None:
@@ -99,7 +105,7 @@ def check_bits(bits: int, most: int) -> None:
         raise ValueError(f"bits must be from 1 to {most}, got {bits}")
 
 
-def _code(side: Tensor) -> Tensor:
+def codes_of(side: Tensor) -> Tensor:
     """Signs [..., bits] as one integer [...]."""
     return ((side > 0).long() << torch.arange(side.shape[-1], device=side.device)).sum(-1)
 

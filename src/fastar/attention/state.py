@@ -7,49 +7,20 @@ at once, so that a crash in mid-pass leaves the old state.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastar import engines, sparsity
+from fastar import engines
 from fastar.attention.context import PassContext, Stream
+from fastar.attention.events import AttendEvent, Recorder
 from fastar.attention.rope import RotaryEmbedding, grid_positions
+from fastar.attention.tags import tags_for
+from fastar.attention.text import Selection, TextStream
 from fastar.cache.base import CachePolicy, CacheSpec, Staged
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import CrossSelector, Selector, SelectRequest
-
-
-@dataclass(frozen=True)
-class AttendEvent:
-    """One attention call as it was executed, for measures that need queries, keys or plans.
-
-    Attributes:
-        stream, layer, context: where.
-        q, k, v: what the engine got (q and k roped in the self stream), BHLD.
-        log_count: bias of merged (> 0) and empty (-inf) slots, [B, H, Lk]; None if all counts are 1.
-        plan: executed blocks; None means all pairs.
-        out: the result, [B, H, Lq, D].
-        candidates: keys of this stream before the selector, the current chunk included.
-    """
-
-    stream: Stream
-    layer: int
-    context: PassContext
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_count: Tensor | None
-    plan: BlockPlan | None
-    out: Tensor
-    candidates: int
-
-
-class Recorder(Protocol):
-    """Sees every attention call of a rollout."""
-
-    def on_attend(self, event: AttendEvent) -> None:
-        """Called after each attention call, inside the pass."""
 
 
 @dataclass
@@ -95,8 +66,12 @@ class AttentionState:
         recorders: Sequence[Recorder] = (),
     ) -> None:
         self.cache, self.self_selector, self.cross_selector = cache, self_selector, cross_selector
+        self.text = TextStream(cross_selector)
+        self.tags = tags_for(self_selector, cross_selector, grid)
         self.engine = engines.resolve(engine, device)
         self.rope, self.grid, self.recorders = rope, grid, list(recorders)
+        if self.tags is not None:
+            self.recorders.append(self.tags)
         self.context: PassContext | None = None
         self._positions = torch.empty(0, 3, dtype=torch.long)
         self._working: dict[int, _Working] = {}
@@ -187,11 +162,14 @@ class AttentionState:
         """The cache, and what selectors remember; bit for bit."""
         if self.context is not None:
             raise RuntimeError("a state can be saved between passes only: call end_pass first")
-        return {"cache": self.cache.state_dict()}
+        tags = {} if self.tags is None else {"tags": self.tags.state_dict()}
+        return {"cache": self.cache.state_dict()} | tags
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a state with the same configuration."""
         self.cache.load_state_dict(saved["cache"])
+        if self.tags is not None:
+            self.tags.load_state_dict(saved["tags"], self.device)
         self.forget_working_copies()
 
     def _attend_self(self, layer: int, q_raw: Tensor, k_raw: Tensor, v: Tensor) -> Tensor:
@@ -226,13 +204,11 @@ class AttentionState:
         return working, self.self_selector.plan(self._request(layer, context, q, q_raw, k_raw, working))
 
     def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        log_count, candidates = None, k.shape[2]
-        context = self._require_context()
-        if not self.cross_selector.is_dense(layer, context):
-            keep = self.cross_selector.select(layer, context, q, k)
-            if keep is not None:
-                k, v, log_count = sparsity.compact(k, v, keep)
-        return self._execute("text", layer, q, k, v, log_count=log_count, plan=None, candidates=candidates)
+        candidates = k.shape[2]
+        k, v, log_count, selection = self.text.prepare(layer, self._require_context(), q, k, v)
+        return self._execute(
+            "text", layer, q, k, v, log_count=log_count, plan=None, candidates=candidates, selection=selection
+        )
 
     def _execute(
         self,
@@ -245,11 +221,12 @@ class AttentionState:
         log_count: Tensor | None,
         plan: BlockPlan | None,
         candidates: int,
+        selection: Selection | None = None,
     ) -> Tensor:
         out, _ = engines.attend(q, k, v, log_count=log_count, plan=plan, engine=self.engine)
         if self.recorders:
             event = AttendEvent(
-                stream, layer, self._require_context(), q, k, v, log_count, plan, out, candidates
+                stream, layer, self._require_context(), q, k, v, log_count, plan, out, candidates, selection
             )
             for recorder in self.recorders:
                 recorder.on_attend(event)
@@ -280,6 +257,9 @@ class AttentionState:
             if working.cached and working.positions is not None:
                 past = self.rope.unrotate(working.k[:, :, : working.cached], working.positions)
                 raw = torch.cat([past, k_raw], dim=2)
+        text_tags, key_tags = None, None
+        if self.tags is not None:
+            text_tags, key_tags = self.tags.of(layer, context, working.positions, q.shape[2])
         return SelectRequest(
             layer=layer,
             context=context,
@@ -289,7 +269,8 @@ class AttentionState:
             k_raw=raw,
             log_count=working.log_count,
             num_current=k_raw.shape[2],
-            text_tags=None,
+            text_tags=text_tags,
+            key_tags=key_tags,
         )
 
     def _require_context(self) -> PassContext:

@@ -8,6 +8,7 @@ from typing import Any
 from fastar.results.files import read_summary
 from fastar.results.provenance import code_of
 
+HIDDEN = ("_target_", "seed", "split", "encoder", "truth")
 SHARED = ("source", "data", "prefill_frames", "frames", "rollout", "dtype")
 
 
@@ -48,7 +49,7 @@ def describe(runs: Sequence[Path]) -> str:
     made = first["environment"]
     seeds = {seed for s in summaries for seed in (s["seed"] if isinstance(s["seed"], list) else [s["seed"]])}
     code = ", ".join(sorted({code_of(s["environment"]) for s in summaries}))
-    data = {key: value for key, value in config["data"].items() if key not in ("_target_", "seed", "split")}
+    data = {key: value for key, value in config["data"].items() if key not in HIDDEN}
     clips = ", ".join([config["source"], *(f"{key} {value}" for key, value in data.items())])
     return (
         f"backbone {first['labels']['backbone']}, checkpoint {str(first['checkpoint_sha256'])[:8]}, "

@@ -16,6 +16,9 @@ from fastar.data.doom.dataset import DoomClips, render_clip
 from fastar.data.doom.env import DoomWorlds
 from fastar.data.doom.policy import Walk
 from fastar.data.doom.returns import ReturnClips
+from fastar.data.scenes.dataset import ScenesClips
+from fastar.data.scenes.detector import presence
+from fastar.data.scenes.script import Script
 from fastar.metrics.revisit import masked_psnr
 from fastar.sparsity.base import check_choice
 
@@ -33,6 +36,8 @@ class Clips:
         return_frames: int64 [B, R], absolute indices of frames in which seen pixels return; None for other clips.
         return_masks: bool [B, R, H, W], those pixels.
         prompts: one per video; None for a backbone that reads no text.
+        scripts: what each video shows, of scripted scenes; None for other clips.
+        relevance: bool [B, F, S], whether a prompt token matters to a frame, of scripted scenes.
     """
 
     frames: Tensor
@@ -41,6 +46,8 @@ class Clips:
     return_frames: Tensor | None = None
     return_masks: Tensor | None = None
     prompts: Prompts | None = None
+    scripts: tuple[Script, ...] | None = None
+    relevance: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -67,6 +74,16 @@ class Clips:
         rows = torch.arange(len(self.frames))[:, None]
         picked = generated[rows, self.return_frames - self.prefill]
         return masked_psnr(picked, self.frames[rows, self.return_frames], self.return_masks)
+
+    def presence(self, generated: Tensor) -> list[float] | None:
+        """Share of the scripted things found in generated frames [B, F - prefill, H, W, 3]; None without scripts."""
+        if self.scripts is None:
+            return None
+        whole = torch.cat([self.frames[:, : self.prefill], generated], dim=1).permute(0, 1, 4, 2, 3)
+        return [
+            presence(frames, script).share_from(self.prefill)
+            for frames, script in zip(whole, self.scripts, strict=True)
+        ]
 
 
 AnyClips = Clips | LatentClips
@@ -111,14 +128,17 @@ def render_clips(
 @lru_cache(maxsize=1)
 def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int, generated: int) -> Clips:
     data: Any = OmegaConf.create(data_yaml)
+    scripts: tuple[Script, ...] | None = None
     if source == "returns":
         dataset = instantiate(data.returns, history=prefill, future=generated, clips=max(seeds) + 1)
         items = [_render_return(dataset, seed) for seed in seeds]
     else:
-        items = [
-            next(iter(instantiate(data.heldout, frames=prefill + generated, first_index=seed, clips=1)))
-            for seed in seeds
+        datasets = [
+            instantiate(data.heldout, frames=prefill + generated, first_index=seed, clips=1) for seed in seeds
         ]
+        items = [next(iter(dataset)) for dataset in datasets]
+        if isinstance(datasets[0], ScenesClips):
+            scripts = tuple(dataset.script(seed) for dataset, seed in zip(datasets, seeds, strict=True))
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     return Clips(
         frames=batch["frames"],
@@ -127,6 +147,8 @@ def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int,
         return_frames=batch.get("return_frames"),
         return_masks=batch.get("return_masks"),
         prompts=Prompts(batch["prompt"].float(), batch["prompt_tokens"]) if "prompt" in batch else None,
+        scripts=scripts,
+        relevance=batch.get("relevance"),
     )
 
 

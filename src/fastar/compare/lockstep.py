@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastar import interruption
+from fastar.attention.tags import CommittedTags
 from fastar.compare.clips import AnyClips
 from fastar.compare.free import Advance
 from fastar.compare.scores import Scorer
@@ -46,12 +47,14 @@ def run_a(
     )
     students = {
         name: session.start(
-            method, seeds, prompts=clips.prompts, cache=caches[name], recorders=[scorers[name].density]
+            method, seeds, prompts=clips.prompts, cache=caches[name], recorders=scorers[name].recorders
         )
         for name, method in methods.items()
     }
     for name, student in students.items():
         scorers[name].started(student)
+        if student.state.tags is not None:  # the students' committed tokens are the teacher's
+            teacher.state.recorders.append(CommittedTags(student.state.tags))
     probe, look_at = None, evenly(clips.prefill, trajectory.shape[1], session.chunk, attention_chunks)
     if look_at:
         probe = AttentionProbe({name: student.state for name, student in students.items()})
@@ -68,6 +71,7 @@ def run_a(
             scorers[name].attention(first, probe.scores(name))
         pixels = session.show(clips, chunk)
         scorers[name].cost(first, students[name])
+        scorers[name].selection(first)
         scorers[name].chunk(first, chunk, pixels)
         denoised[name].add(chunk, pixels)
         advance()

@@ -21,18 +21,27 @@ from fastar.results.plots import colours_of, plot_curves, plot_frontier, plot_se
 from fastar.results.sinks import Sink
 from fastar.results.tables import differences, failures, pivot, spread, to_markdown, to_rich
 
-QUALITY = ("psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr", "output_error", "recall")
-MEMORY = ("cache_bytes/end", "byte_share/end", "slot_share/end", "density", "peak_allocated")
+QUALITY = (
+    "psnr", "ssim", "vmaf", "latent_error", "psnr/truth", "revisit_psnr", "presence", "output_error", "recall",
+)  # fmt: skip
+PROMPT = (
+    "prompt_share", "prompt_recall", "prompt_precision", "prompt_mass", "prompt_share_any", "prompt_recall_any",
+    "prompt_density",
+)  # fmt: skip
+MEMORY = ("cache_bytes/end", "byte_share/end", "slot_share/end", "density", "block_fill", "peak_allocated")
 SPEED = (
     "fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "latency_p50/steady",
     "speedup/dense/steady",
 )  # fmt: skip
-TABLES = {"quality": QUALITY, "memory and work": MEMORY, "speed": SPEED}
+TABLES = {"quality": QUALITY, "words of the prompt": PROMPT, "memory and work": MEMORY, "speed": SPEED}
 SUMMARY = ("byte_share/end", "slot_share/end", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall")
 COMPARED = ("psnr", "revisit_psnr")
 DENSE, TO_DENSE = "dense", "psnr"
 AT_END = ("cache_bytes", "byte_share", "slot_share")
-ABLATED = ("psnr", "revisit_psnr", "latent_error", "recall", "slot_share/end", "density", "fps/steady")
+ABLATED = (
+    "psnr", "revisit_psnr", "latent_error", "recall", "slot_share/end", "density", "fps/steady", "prompt_share",
+    "prompt_recall",
+)  # fmt: skip
 
 PROTOCOLS = {
     "A": "protocol A: dense past, the method only denoises",

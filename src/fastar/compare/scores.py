@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fastar.attention.events import Recorder
 from fastar.compare.clips import AnyClips, Clips
 from fastar.compare.session import Session
+from fastar.metrics.block_fill import FillRecorder
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
 from fastar.metrics.fidelity import frame_psnr
+from fastar.metrics.prompt_tokens import PromptRecorder
 from fastar.results.run import Run
 from fastar.rollout.rollout import NonFiniteError, Rollout
 
@@ -38,6 +41,16 @@ class Scorer:
         config = session.backbone.config
         self.tokens = config.tokens_per_frame
         self.density = DensityRecorder(tokens_per_frame=self.tokens)
+        self.fill = FillRecorder()
+        truth = clips.relevance if isinstance(clips, Clips) else None
+        self.prompt = None if clips.prompts is None else PromptRecorder(truth)
+        self.prompt_density = DensityRecorder(tokens_per_frame=self.tokens, stream="text")
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """What has to see the attention calls of protocol A."""
+        always: list[Recorder] = [self.density, self.fill]
+        return always if self.prompt is None else [*always, self.prompt_density, self.prompt]
 
     def started(self, rollout: Rollout) -> None:
         """Record which engine `auto` became."""
@@ -80,6 +93,14 @@ class Scorer:
         }
         self.run.log(values, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
 
+    def selection(self, first: int) -> None:
+        """What the chunk at frame `first` read: prompt tokens, and how full its blocks were."""
+        scores = self.fill.scores()
+        if self.prompt is not None:
+            density = self.prompt_density.curve()[-1].density
+            scores |= self.prompt.scores() | {"prompt_density": [density] * self.clips.batch}
+        self._log(scores, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
+
     def attention(self, first: int, scores: Mapping[str, list[float]]) -> None:
         """Recall and output error of attention in the chunk at frame `first`."""
         self._log(scores, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
@@ -92,6 +113,9 @@ class Scorer:
         returned = self.clips.revisit_psnr(shown)
         if returned is not None:
             scores["revisit_psnr"] = returned.tolist()
+        present = self.clips.presence(shown)
+        if present is not None:
+            scores["presence"] = present
         if self.reference is not None and self.metrics.keys() & WHOLE_CLIP:
             target = self.session.decode_chunks(self.reference)
             scores |= {name: self._per_clip(name, shown, target) for name in self.metrics.keys() & WHOLE_CLIP}

@@ -33,6 +33,8 @@ class BlockPlan:
         query_tags, key_tags: [B, H, Lq] and [B, H, Lk] int64 in original order, both or neither. Inside
             executed blocks a pair is attended only if its tags are equal or one is `WILDCARD`. The work done
             is still that of whole blocks.
+        bucket_pairs: [B, H] pairs of a query and a cached key that share a bucket, in the executed blocks; None if the
+            plan was not made of buckets. For measures alone.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -47,6 +49,7 @@ class BlockPlan:
     max_blocks: int | None = None
     query_tags: Tensor | None = None
     key_tags: Tensor | None = None
+    bucket_pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_k < 1:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastar.attention.state import AttendEvent, AttentionState
+from fastar.attention.events import AttendEvent
+from fastar.attention.state import AttentionState
 from fastar.cache.lineage import Lineage
 from fastar.engines.reference import attention_weights
 from fastar.metrics.recall import attention_recall, relative_output_error, spread_over_members

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastar.attention.context import PassKind, Stream
 
 if TYPE_CHECKING:
-    from fastar.attention.state import AttendEvent
+    from fastar.attention.events import AttendEvent
 
 
 @dataclass(frozen=True)

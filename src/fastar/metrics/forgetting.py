@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastar.attention.state import AttendEvent
+from fastar.attention.events import AttendEvent
 from fastar.cache.head_errors import HeadErrors
 
 

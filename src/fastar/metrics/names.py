@@ -31,8 +31,24 @@ METRICS: dict[str, MetricInfo] = {
     "recall": MetricInfo("", "higher", 4, "sum of min(dense, method) attention per token, mean over queries"),
     "output_error": MetricInfo("", "lower", 4, "relative error of the attention output"),
     "density": MetricInfo("", "lower", 4, "executed query-key pairs / pairs of unbounded dense, same chunk"),
+    "block_fill": MetricInfo("", "higher", 3, "same-bucket pairs / executed pairs with cached keys"),
     "slot_share": MetricInfo("", "lower", 4, "cache slots / slots of unbounded dense"),
     "byte_share": MetricInfo("", "lower", 4, "cache bytes / bytes of an unbounded dense bfloat16 cache"),
+    # the prompt (fastar/metrics/prompt_tokens.py); padding never counts but in the density
+    "prompt_share": MetricInfo(
+        "", "lower", 3, "prompt tokens read / tokens of the prompt, mean of sparse calls"
+    ),
+    "prompt_share_any": MetricInfo("", "lower", 3, "the same, of tokens that any head of any layer reads"),
+    "prompt_recall": MetricInfo("", "higher", 3, "prompt tokens read / those that matter to the chunk"),
+    "prompt_recall_any": MetricInfo("", "higher", 3, "the same, of tokens that any head of any layer reads"),
+    "prompt_precision": MetricInfo("", "higher", 3, "prompt tokens read that matter / tokens read"),
+    "prompt_mass": MetricInfo(
+        "", "higher", 3, "dense attention to the tokens read / to all tokens of the prompt"
+    ),
+    "prompt_density": MetricInfo(
+        "", "lower", 3, "pairs of queries and prompt tokens, padding included / those of dense, all passes"
+    ),
+    "presence": MetricInfo("", "higher", 3, "scripted things found within a sprite's width of their place"),
     # memory
     "cache_bytes": MetricInfo(
         "B", "lower", 1, "everything the cache keeps: keys, values, scales, counts, positions"

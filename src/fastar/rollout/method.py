@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastar.attention.state import AttentionState, Recorder
+from fastar.attention.events import Recorder
+from fastar.attention.state import AttentionState
 from fastar.backbones import Backbone, Prompts
+from fastar.backbones.wan.config import WanConfig
 from fastar.cache import CachePolicy, DenseCache
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.rollout import PassTimer, Rollout
@@ -51,15 +53,20 @@ def start_rollout(
         prompts: one per video, for a backbone that reads text.
         timer, recorders: measure passes and attention calls.
         cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
+
+    Raises:
+        ValueError: the method selects by a prompt and the backbone reads none, or it asks a layer that is not there.
     """
     config = backbone.config
+    self_selector, cross_selector = method.self_attention(), method.cross_attention()
+    _check_text(method.name, config.name, config.transformer, self_selector, cross_selector)
     weight = backbone.transformer.patch_embedding.weight
     channels, rows, columns = config.latent_shape
     patch = config.transformer.patch
     state = AttentionState(
         cache=method.cache() if cache is None else cache,
-        self_selector=method.self_attention(),
-        cross_selector=method.cross_attention(),
+        self_selector=self_selector,
+        cross_selector=cross_selector,
         engine=method.engine,
         rope=backbone.transformer.rope,
         grid=(rows // patch, columns // patch),
@@ -81,3 +88,21 @@ def start_rollout(
         prompts=prompts,
         timer=timer,
     )
+
+
+def _check_text(
+    method: str, backbone: str, sizes: WanConfig, self_selector: Selector, cross_selector: CrossSelector
+) -> None:
+    """A selector of words on a backbone without any would be dense, and nobody would know."""
+    selects = self_selector.wants_tags or type(cross_selector) is not DenseCross
+    if selects and sizes.text_dim is None:
+        raise ValueError(
+            f"the method '{method}' selects by a prompt and the backbone '{backbone}' reads none: use one that does, "
+            "such as backbone=scenes (debug=tiny_text instead of debug=tiny)"
+        )
+    asked = cross_selector.tag_layer
+    if asked is not None and not 0 <= asked < sizes.num_layers:
+        raise ValueError(
+            f"tag_layer={asked} of the method '{method}': the backbone '{backbone}' has layers 0 to "
+            f"{sizes.num_layers - 1}"
+        )

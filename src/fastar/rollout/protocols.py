@@ -105,7 +105,7 @@ def lockstep_a(
 
     `teacher`'s state holds a `TeeCache` whose followers are the caches of the `students`. Yields
     (first frame of the chunk, method, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on. Chunks
-    that start at a frame of `look_at` are first denoised by the teacher, with the `probe` among its recorders active.
+    that start at a frame of `look_at` are then denoised by the teacher, with the `probe` among its recorders active.
     The first `done` chunks are committed and not denoised: only commits change a cache, so what follows is the same.
     """
     step = teacher.loop.chunk_frames
@@ -115,12 +115,15 @@ def lockstep_a(
         chunk_actions = None if actions is None else actions[:, part]
         for student in students.values():
             student.follow(teacher)
-        if probe is not None and first in look_at:
+        chunks = {name: student.denoise(chunk_actions) for name, student in students.items()}
+        if (
+            probe is not None and first in look_at
+        ):  # last: it replays calls with the tags that the students had
             probe.active = True
             teacher.denoise(chunk_actions)
             probe.active = False
-        for name, student in students.items():
-            yield first, name, student.denoise(chunk_actions)
+        for name, chunk in chunks.items():
+            yield first, name, chunk
         teacher.commit(trajectory[:, part], chunk_actions)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastar.attention.context import PassContext, PassKind
 from fastar.attention.state import AttentionState
 from fastar.backbones.prompts import Prompts
-from fastar.backbones.wan.transformer import CausalWanTransformer
+from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedText
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import chunk_noise
 
@@ -80,6 +80,7 @@ class Rollout:
         self.prompts = prompts
         dtype = self.transformer.patch_embedding.weight.dtype
         self._text = None if prompts is None else prompts.text(self.device, dtype)
+        self._projected: ProjectedText | None = None
 
     @torch.inference_mode()
     def prefill(self, latents: Tensor, actions: Tensor | None = None) -> None:
@@ -168,7 +169,7 @@ class Rollout:
                 attend=self.state.attend,
                 actions=None if actions is None else actions.to(self.device),
                 poses=self._poses(actions),
-                text=self._text,
+                text=self._prompt(),
             ).float()
             if context.commits:
                 self._require_finite(velocity, f"{context.kind} pass")
@@ -177,6 +178,12 @@ class Rollout:
             raise
         self.state.end_pass()
         return velocity
+
+    def _prompt(self) -> ProjectedText | None:
+        """Keys and values of the prompt in every layer, projected once."""
+        if self._projected is None and self._text is not None:
+            self._projected = self.transformer.project_text(self._text)
+        return self._projected
 
     def follow(self, other: "Rollout") -> None:
         """Stand where `other` stands, whose commits have filled this rollout's cache (protocol A)."""

@@ -84,12 +84,16 @@ class AnnSA(Selector):
             )
         self.bucketizer, self.density, self.source = bucketizer, density, source
         self.match_space, self.shared_heads, self.rank = match_space, shared_heads, rank
+        self.wants_tags = source == "prompt"
         self.block_q, self.block_k, self.rebuild = block_q, block_k, rebuild
         self._memo: ChunkMemo[BlockPlan] = ChunkMemo()
 
     def select(self, request: SelectRequest) -> BlockPlan | None:
-        """The block plan of a call that the schedule makes sparse; None if the density target is 1."""
-        if self.density == 1:
+        """The block plan of a call that the schedule makes sparse; None if the density target is 1.
+
+        With `source=prompt` also where there are no tags yet: the first pass of a chunk supplies them.
+        """
+        if self.density == 1 or (self.source == "prompt" and request.text_tags is None):
             return None
         sizes = (request.q.shape[2], request.k.shape[2])
         plan = self._memo.get(request.layer, request.context, *sizes) if self.rebuild == "chunk" else None
@@ -109,13 +113,19 @@ class AnnSA(Selector):
             starts = torch.arange(shared.shape[-1], device=shared.device) * self.block_k
             mask = (shared > 0) | (starts < layout.current)
             tags = (query_buckets, key_buckets)
-            return build_plan(query_order, layout, mask, self.block_q, self.block_k, tags=tags)
+            pairs = (shared * mask).sum((2, 3))
+            return build_plan(
+                query_order, layout, mask, self.block_q, self.block_k, tags=tags, bucket_pairs=pairs
+            )
         scores = centroid_scores(request, query_order, layout, self.block_q, self.block_k)
         if self.rank == "shared":
             # counts are whole numbers: the logit only breaks their ties
             scores = shared + scores.sigmoid() * 0.5
         mask, bound = choose_blocks(scores, layout, self.block_k, self.density)
-        return build_plan(query_order, layout, mask, self.block_q, self.block_k, max_blocks=bound)
+        pairs = (shared * mask).sum((2, 3))
+        return build_plan(
+            query_order, layout, mask, self.block_q, self.block_k, max_blocks=bound, bucket_pairs=pairs
+        )
 
     def _buckets(self, request: SelectRequest) -> tuple[Tensor, Tensor]:
         assert self.bucketizer is not None
@@ -132,10 +142,7 @@ class AnnSA(Selector):
 
     def _tags(self, request: SelectRequest) -> tuple[Tensor, Tensor]:
         if request.text_tags is None or request.key_tags is None:
-            raise ValueError(
-                "AnnSA with source=prompt needs text_tags and key_tags, which AnnCA leaves in the text stream: "
-                "use a text backbone with cross_attention=annca_*, or source=content"
-            )
+            raise ValueError("AnnSA with source=prompt needs text_tags and key_tags together")
         return request.text_tags.contiguous(), request.key_tags
 
 

@@ -15,7 +15,27 @@ from fastar.engines.plan import BlockPlan
 
 MatchSpace = Literal["roped", "raw"]
 Rebuild = Literal["pass", "chunk"]
+Padding = Literal["attended", "merged"]
+PADDINGS: tuple[Padding, ...] = ("attended", "merged")
 Built = TypeVar("Built")
+
+
+@dataclass(frozen=True)
+class PromptKeys:
+    """One layer's keys of the prompt, as they can be attended to.
+
+    Attributes:
+        k: [B, H, S, D].
+        real: [B, H, S] bool: tokens that equal no other; the rest is padding, or an empty slot.
+        log_count: [B, H, S] float32: log of the number of tokens that a slot stands for, -inf for an empty slot; or
+            None if each stands for one.
+        tokens: int64 [B, H, S], the first token of the prompt that a slot stands for; None if slot i is token i.
+    """
+
+    k: Tensor
+    real: Tensor
+    log_count: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -92,9 +112,11 @@ class Selector(Scheduled, ABC):
 
     Attributes:
         match_space: whether `plan` wants roped vectors only, or also `q_raw` and `k_raw`.
+        wants_tags: whether it wants `text_tags` and `key_tags`.
     """
 
     match_space: MatchSpace = "roped"
+    wants_tags = False
 
     def plan(self, request: SelectRequest) -> BlockPlan | None:
         """The block plan of one attention call; None means dense."""
@@ -106,14 +128,33 @@ class Selector(Scheduled, ABC):
 
 
 class CrossSelector(Scheduled, ABC):
-    """Chooses the prompt tokens that cross-attention reads. One instance serves one rollout."""
+    """Chooses the prompt tokens that cross-attention reads. One instance serves one rollout.
+
+    Attributes:
+        padding: `attended`: the equal tokens that pad a prompt are read as Wan reads them, all of them, whatever is
+            chosen among the others; `merged`: they are one token whose logit bias is the log of their number, which
+            changes nothing but the work (`merge_identical`).
+        tags_tokens: whether `tag` gives prompt buckets to latent tokens.
+        tag_layer: the layer whose tags serve all layers; None: each layer has its own.
+    """
+
+    padding: Padding = "attended"
+    tags_tokens = False
+    tag_layer: int | None = None
+
+    def observe(self, layer: int, context: PassContext, q: Tensor, prompt: PromptKeys) -> None:
+        """Sees every call of cross-attention, dense ones too, before `select` is asked. q [B, H, Lq, D]."""
 
     @abstractmethod
-    def select(self, layer: int, context: PassContext, q: Tensor, k: Tensor) -> Tensor | None:
-        """Which prompt tokens to keep, [B, H, S] bool, for queries q [B, H, Lq, D] and keys k [B, H, S, D].
+    def select(self, layer: int, context: PassContext, q: Tensor, prompt: PromptKeys) -> Tensor | None:
+        """Which prompt tokens to keep, [B, H, S] bool, for queries q [B, H, Lq, D]; None keeps all.
 
-        None keeps all. `fastar.sparsity.compact` applies the answer.
+        The answer counts for real tokens only; padding is always read.
         """
+
+    def tag(self, q: Tensor, prompt: PromptKeys) -> Tensor:
+        """Prompt buckets of latent queries q [B, H, Lq, D]: int64 [B, H, Lq], at least 0."""
+        raise NotImplementedError(f"{type(self).__name__} gives no prompt buckets")
 
 
 class ChunkMemo(Generic[Built]):

@@ -137,6 +137,7 @@ def build_plan(
     *,
     max_blocks: int | None = None,
     tags: tuple[Tensor, Tensor] | None = None,
+    bucket_pairs: Tensor | None = None,
 ) -> BlockPlan:
     """A `BlockPlan` over a key layout, with (query, key) tags if only equal ones may attend to each other.
 
@@ -157,6 +158,7 @@ def build_plan(
         max_blocks=max_blocks,
         query_tags=query_tags,
         key_tags=key_tags,
+        bucket_pairs=bucket_pairs,
     )
 
 

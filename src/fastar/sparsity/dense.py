@@ -6,7 +6,15 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext
 from fastar.engines.plan import BlockPlan
-from fastar.sparsity.base import CrossSelector, Selector, SelectRequest
+from fastar.sparsity.base import (
+    PADDINGS,
+    CrossSelector,
+    Padding,
+    PromptKeys,
+    Selector,
+    SelectRequest,
+    check_choice,
+)
 
 
 class Dense(Selector):
@@ -21,11 +29,17 @@ class Dense(Selector):
 
 
 class DenseCross(CrossSelector):
-    """Dense cross-attention: every prompt token is read."""
+    """Dense cross-attention: every prompt token is read.
 
-    def __init__(self) -> None:
+    Args:
+        padding: see `CrossSelector`; `merged` is dense cross-attention with less work.
+    """
+
+    def __init__(self, *, padding: Padding = "attended") -> None:
         super().__init__(layers=())
+        check_choice("padding", padding, PADDINGS)
+        self.padding = padding
 
-    def select(self, layer: int, context: PassContext, q: Tensor, k: Tensor) -> Tensor | None:
+    def select(self, layer: int, context: PassContext, q: Tensor, prompt: PromptKeys) -> Tensor | None:
         """No selection: all tokens."""
         return None

@@ -21,12 +21,21 @@ def merge_identical(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens of any head, in order of first occurrence; heads with fewer end in empty slots (-inf). Sizing
         S' is one host sync: do it once per prompt.
     """
-    same = _same_as_first(torch.cat([k, v], dim=-1))
-    positions = torch.arange(k.shape[2], device=k.device)
-    # a sum of integers: the order of a racing scatter cannot matter
-    members = torch.zeros_like(same).scatter_add_(-1, same, torch.ones_like(same))
-    is_first = same == positions
+    same, members = identical(k, v)
+    is_first = same == torch.arange(k.shape[2], device=k.device)
     return _gather_first(k, v, is_first, members.float().log(), int(is_first.sum(-1).max()))
+
+
+def identical(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens have bit-for-bit equal keys and values, k [B, H, S, D] and v [B, H, S, Dv].
+
+    Returns:
+        int64 [B, H, S], index of the first token that is equal.
+        int64 [B, H, S], number of tokens whose first equal token this is.
+    """
+    same = _same_as_first(torch.cat([k, v], dim=-1))
+    # a sum of integers: the order of a racing scatter cannot matter
+    return same, torch.zeros_like(same).scatter_add_(-1, same, torch.ones_like(same))
 
 
 def compact(
@@ -51,10 +60,15 @@ def compact(
     return _gather_first(k, v, keep, counts, width)
 
 
+def first_to_front(keep: Tensor) -> Tensor:
+    """Indices of the kept tokens in order, then those of the others: bool [..., S] -> int64 [..., S]."""
+    return torch.argsort(keep.logical_not().to(torch.uint8), dim=-1, stable=True)
+
+
 def _gather_first(
     k: Tensor, v: Tensor, keep: Tensor, log_count: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    order = torch.argsort(keep.logical_not().to(torch.uint8), dim=-1, stable=True)[..., :width]
+    order = first_to_front(keep)[..., :width]
     log_count = log_count.masked_fill(~keep, -torch.inf).gather(2, order)
 
     def take(x: Tensor) -> Tensor:

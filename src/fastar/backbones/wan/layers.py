@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from fastar.attention.context import Attend, Stream
 from fastar.backbones.wan.config import WanConfig
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one layer, [B, H, S, D] each."""
+
 
 class WanAttention(nn.Module):
     """Projections of one attention; q and k are RMS-normalised over the full dim, before heads are split.
@@ -34,7 +37,7 @@ class WanAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor,
+        context: Tensor | KeysValues,
         stream: Stream,
         layer: int,
         attend: Attend,
@@ -42,16 +45,24 @@ class WanAttention(nn.Module):
     ) -> Tensor:
         """Queries from x [B, L, dim], keys and values from context [B, S, dim]; returns [B, L, dim].
 
-        `rays` [B, L, num_rays] are of the tokens of x, which are then those of the context too.
+        `context` may also be what `keys_values` made of it. `rays` [B, L, num_rays] are of the tokens of x, which are
+        then those of the context too.
         """
-        v = self.v(context)
+        k, v = self.keys_values(context, rays) if isinstance(context, Tensor) else context
         # Under autocast the norms run in their weights' float32; attention gets the projections' dtype.
         q = self.norm_q(self.q(x).to(self.norm_q.weight.dtype)).to(v.dtype)
+        if rays is not None:
+            q = q + self.ray_q(rays).to(q.dtype)
+        out = attend(stream, layer, self._heads(q), k, v)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+    def keys_values(self, context: Tensor, rays: Tensor | None = None) -> KeysValues:
+        """Keys and values [B, H, S, D] of context [B, S, dim]."""
+        v = self.v(context)
         k = self.norm_k(self.k(context).to(self.norm_k.weight.dtype)).to(v.dtype)
         if rays is not None:
-            q, k = q + self.ray_q(rays).to(q.dtype), k + self.ray_k(rays).to(k.dtype)
-        out = attend(stream, layer, self._heads(q), self._heads(k), self._heads(v))
-        return self.o(out.transpose(1, 2).flatten(2))
+            k = k + self.ray_k(rays).to(k.dtype)
+        return self._heads(k), self._heads(v)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -78,9 +89,17 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, x: Tensor, e: Tensor, text: Tensor | None, attend: Attend, rays: Tensor | None = None
+        self,
+        x: Tensor,
+        e: Tensor,
+        text: Tensor | KeysValues | None,
+        attend: Attend,
+        rays: Tensor | None = None,
     ) -> Tensor:
-        """x [B, L, dim] frame-major; e [B, F, 6, dim] per-frame modulation; text [B, S, dim] or None; rays of x."""
+        """x [B, L, dim] frame-major; e [B, F, 6, dim] per-frame modulation; text [B, S, dim] or None; rays of x.
+
+        `text` may also be this layer's keys and values of it.
+        """
         model_dtype = self.self_attn.q.weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             self.modulation + e.to(_modulation_dtype(self, x))

@@ -10,6 +10,8 @@ H heads, D head dim, S text tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,10 @@ from fastar.attention.context import Attend
 from fastar.attention.rope import RotaryEmbedding
 from fastar.backbones.odometry import Odometer
 from fastar.backbones.wan.config import WanConfig
-from fastar.backbones.wan.layers import WanAttention, WanBlock, WanHead
+from fastar.backbones.wan.layers import KeysValues, WanAttention, WanBlock, WanHead
+
+ProjectedText = tuple[KeysValues, ...]
+"""Each layer's keys and values of a prompt."""
 
 # Of ray_q = ray_k at the start: 34 features in a head of 64 then add about 3 to the logit of an equal ray.
 RAY_STD = 0.15
@@ -105,14 +110,14 @@ class CausalWanTransformer(nn.Module):
         attend: Attend,
         actions: Tensor | None = None,
         poses: Tensor | None = None,
-        text: Tensor | None = None,
+        text: Tensor | ProjectedText | None = None,
     ) -> Tensor:
         """Velocity (noise - clean) [B, F, out_channels, h, w] of `latents` [B, F, in_channels, h, w].
 
         `timesteps` [B, F] are noise levels, 0 (clean) to 1000 (noise), one per frame; `actions` [B, F] int64
         is what led to each frame, `poses` [B, F, 3] where that leaves the camera (`self.odometer`); `text`
-        [B, S, text_dim] are the prompt's token embeddings. Raises ValueError on shapes that do not fit, and
-        when an input the config asks for is missing or one it has no use for is given.
+        [B, S, text_dim] are the prompt's token embeddings, or what `project_text` made of them. Raises ValueError
+        on shapes that do not fit, and when an input the config asks for is missing or one it has no use for is given.
         """
         self._check(latents, timesteps, actions, poses, text)
         grid = self.grid_of(latents)
@@ -120,11 +125,19 @@ class CausalWanTransformer(nn.Module):
         modulation = self._project_time(e)
         tokens = self._patchify(latents, grid)
         rays = None if poses is None else self._rays(poses, grid, tokens.dtype)
-        if text is not None:
+        if isinstance(text, Tensor):
             text = self._embed_text(text)
-        for block in self.blocks:
-            tokens = block(tokens, modulation, text, attend, rays)
+        for layer, block in enumerate(self.blocks):
+            words = text[layer] if isinstance(text, tuple) else text
+            tokens = block(tokens, modulation, words, attend, rays)
         return self._unpatchify(self.head(tokens, e), grid)
+
+    def project_text(self, text: Tensor) -> ProjectedText:
+        """Each layer's keys and values of a prompt [B, S, text_dim]: they depend on nothing else, once will do."""
+        self._check_text(text)
+        embedded = self._embed_text(text)
+        blocks = cast(Iterable[WanBlock], self.blocks)
+        return tuple(block.cross_attn.keys_values(embedded) for block in blocks)
 
     def _check(
         self,
@@ -132,7 +145,7 @@ class CausalWanTransformer(nn.Module):
         timesteps: Tensor,
         actions: Tensor | None,
         poses: Tensor | None,
-        text: Tensor | None,
+        text: Tensor | ProjectedText | None,
     ) -> None:
         config = self.config
         if latents.dim() != 5 or latents.shape[2] != config.in_channels:
@@ -157,10 +170,20 @@ class CausalWanTransformer(nn.Module):
             raise ValueError(
                 f"poses must be one row of three per frame, {(*latents.shape[:2], 3)}, got {tuple(poses.shape)}."
             )
-        if (text is None) != (config.text_dim is None):
-            raise ValueError(f"Pass text exactly when the backbone reads it: text_dim is {config.text_dim}.")
-        if text is not None and (text.dim() != 3 or text.shape[-1] != config.text_dim):
-            raise ValueError(f"text must be [batch, tokens, {config.text_dim}], got {tuple(text.shape)}.")
+        if isinstance(text, tuple):
+            if len(text) != config.num_layers:
+                raise ValueError(
+                    f"projected text must be of {config.num_layers} layers, got {len(text)}: use project_text."
+                )
+        else:
+            self._check_text(text)
+
+    def _check_text(self, text: Tensor | None) -> None:
+        text_dim = self.config.text_dim
+        if (text is None) != (text_dim is None):
+            raise ValueError(f"Pass text exactly when the backbone reads it: text_dim is {text_dim}.")
+        if text is not None and (text.dim() != 3 or text.shape[-1] != text_dim):
+            raise ValueError(f"text must be [batch, tokens, {text_dim}], got {tuple(text.shape)}.")
 
     def _embed_time(self, timesteps: Tensor, actions: Tensor | None) -> Tensor:
         """Embedding of each frame's noise level, plus that of its action: [B, F] -> [B, F, dim]."""

@@ -14,6 +14,7 @@ from fastar.data.scenes.embedding import Encoder
 from fastar.data.scenes.prompt import write_prompt
 from fastar.data.scenes.render import render
 from fastar.data.scenes.script import LENGTHS, MOST_SHOTS, Script, Split, draw_script
+from fastar.data.scenes.truth import relevance
 from fastar.data.shards import own_numbers
 
 PHASES = LENGTHS[-1]
@@ -29,6 +30,9 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
         actions: int64 [F], the timecode: number of the shot * 24 + frames since its cut.
         index:   int64 []; the number of the clip. (seed, split, index, frames) fixes every bit of it.
         prompt, prompt_tokens: only with an `encoder`; see `fastar.data.scenes.embedding.embed`.
+
+        relevance: bool [F, 512], only with an `encoder` and `truth`: which tokens matter to a frame
+            (`fastar.data.scenes.truth.relevance`).
 
     With `encode_later` items carry the prompt's numbers instead (`embedding.number`), and `finish` encodes those of a
     batch at once, on its device: a loader worker then spends a third of the time on a clip.
@@ -48,10 +52,11 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
         first_index: int = 0,
         encoder: Encoder | None = None,
         encode_later: bool = False,
+        truth: bool = False,
     ) -> None:
         self.frames, self.seed, self.split = frames, seed, split
         self.clips, self.first_index = clips, first_index
-        self.encoder, self.encode_later = encoder, encode_later
+        self.encoder, self.encode_later, self.truth = encoder, encode_later, truth
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self.script(first_index)  # a wrong split or length fails here, not inside a worker
 
@@ -74,6 +79,8 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
                 else:
                     prompt, tokens = embedding.embed(self.encoder, sentences, self._encode(sentences))
                     item |= {"prompt": prompt, "prompt_tokens": tokens}
+                if self.truth:
+                    item["relevance"] = self._relevance(script, sentences)
             yield item
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,6 +88,15 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
         if self.encoder is None or not self.encode_later:
             return batch
         return embedding.embed_batch(self.encoder, batch)
+
+    def _relevance(self, script: Script, sentences: list[str]) -> Tensor:
+        assert self.encoder is not None
+        offsets = [
+            (shot, *span) for shot, text in enumerate(sentences) for span in self.encoder.offsets(text)
+        ]
+        padded = torch.zeros(script.frames, embedding.TEXT_LEN, dtype=torch.bool)
+        padded[:, : len(offsets)] = relevance(script, offsets)
+        return padded
 
     def _encode(self, sentences: list[str]) -> list[Tensor]:
         """Embeddings of the sentences; those of late clips are kept. One by one: a batch might change their bits."""

@@ -30,7 +30,12 @@ class Presence:
     @property
     def share(self) -> float:
         """Found of those expected; 0 if none is."""
-        return (self.found & self.expected).sum().item() / max(1, self.expected.sum().item())
+        return self.share_from(0)
+
+    def share_from(self, first: int) -> float:
+        """The same of the frames from number `first` on."""
+        found, expected = self.found[first:], self.expected[first:]
+        return (found & expected).sum().item() / max(1, expected.sum().item())
 
 
 def detect(frames: Tensor, nouns: Sequence[str] = NOUNS, sizes: Sequence[str] = tuple(SIZES)) -> Tensor:
