@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fastar.compare.clips import AnyClips, Clips
+from fastar.compare.prompted import PromptedClip
 from fastar.compare.session import Session
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
 from fastar.metrics.fidelity import frame_psnr
@@ -29,7 +30,7 @@ class Scorer:
         self,
         run: Run,
         session: Session,
-        clips: AnyClips,
+        clips: AnyClips | PromptedClip,
         metrics: Mapping[str, Metric],
         reference: Tensor | None,
     ) -> None:
