@@ -1,4 +1,4 @@
-"""A clip made from prompts alone, which may change on the way: what experiments/rollout.py runs on the backbone scenes."""
+"""A clip made from prompts alone, which may change on the way: what experiments/rollout.py runs on scenes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ class PromptedClip:
     """One video of which nothing is given but its prompts, on the CPU.
 
     Attributes:
-        storyboard: the prompts in words. encoder: sha256 of what encoded them.
-        prompts: the first ones. changes: the later ones, in order.
+        storyboard: the prompts in words.
+        encoder: sha256 of what encoded them.
+        prompts: the first one.
+        changes: the later ones, in order.
         actions: int64 [1, F], the timecode.
         truth: uint8 [1, F, H, W, 3], what the prompts say; None if they say more than can be drawn.
         untold: why there is no truth.
@@ -108,7 +110,10 @@ def prompted_clip(config: DictConfig, chunk: int) -> PromptedClip:
     try:
         first, *later = [_encoded(prompt, encoder) for prompt in storyboard.prompts]
     except ValueError as error:
-        raise ValueError(f"prompt file {config.prompts}: {error}") from error
+        source = (
+            f"held-out script {config.seed}" if config.prompts is None else f"prompt file {config.prompts}"
+        )
+        raise ValueError(f"{source}: {error}") from error
     changes = [
         PromptChange(prompt.at, prompt.rewrite, encoded)
         for prompt, encoded in zip(storyboard.prompts[1:], later, strict=True)

@@ -84,8 +84,8 @@ class Rollout:
             actions: [B, n] int64 of those frames.
 
         Raises:
-            ValueError: prompts that do not fit, other than whole chunks, more frames than there are, a cache that cannot
-                take them back any more, or a backbone whose pose would have to be taken back. Nothing has changed then.
+            ValueError: prompts that do not fit, other than whole chunks, more frames than there are, a cache that
+                cannot drop them any more, or a backbone that follows its pose. Nothing has changed then.
         """
         self._check_prompts(prompts)
         frames = 0 if recent is None else recent.shape[1]

@@ -91,7 +91,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Storyboard:
-    """Prompts in the order in which they come into force, the first at frame 0; they agree about frames already shown."""
+    """Prompts in the order in which they come into force, the first at frame 0. A later one keeps every frame before it
+    in the shot, and at the place in the shot, in which it was made."""
 
     prompts: tuple[Prompt, ...]
 
