@@ -209,7 +209,7 @@ def made_so_far(rollout: Rollout, chunks: int) -> Tensor:
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 def test_rewriting_under_the_same_prompt_changes_no_bit(backbone: Backbone, chunks: int) -> None:
     rollout, twin = started(backbone, prompts(9, 20)), started(backbone, prompts(9, 20))
-    made = [made_so_far(each, 3) for each in (rollout, twin)][0]
+    made, _ = (made_so_far(each, 3) for each in (rollout, twin))
     before = keys(rollout)
     rollout.change_prompts(prompts(9, 20), made[:, -chunks * CHUNK :])
     assert all(torch.equal(now, then) for now, then in zip(keys(rollout), before, strict=True))
@@ -223,7 +223,7 @@ def test_rewriting_under_another_prompt_changes_the_recent_keys_alone_and_what_f
     kinds: list[str] = []
     seen = SimpleNamespace(on_attend=lambda event: kinds.append(event.context.kind))
     rollout, twin = started(backbone, prompts(9), recorders=[seen]), started(backbone, prompts(9))
-    made = [made_so_far(each, 3) for each in (rollout, twin)][0]
+    made, _ = (made_so_far(each, 3) for each in (rollout, twin))
     before, other = keys(rollout), prompts(9, seed=1)
     kinds.clear()
     rollout.change_prompts(other, made[:, -2 * CHUNK :])

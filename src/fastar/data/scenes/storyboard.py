@@ -72,7 +72,7 @@ class Prompt:
         Raises:
             ValueError: a word that the encoder does not know, a sentence or a prompt that is too long.
         """
-        encoded = []
+        encoded: list[Tensor] = []
         for number, line in enumerate(self.lines, 1):
             try:
                 encoded += encoder.encode([line.text])
