@@ -1,6 +1,9 @@
 """One method, one rollout: a video beside what the simulator shows for the same actions, and its speed and memory.
 
     python experiments/rollout.py method=tempcache 'actions="forward*20,left*12"' seed=3
+    python experiments/rollout.py backbone=scenes data=scenes prompts=experiments/prompts/example.yaml
+
+The second makes a video from prompts alone, which may change on the way, and puts it beside what they say.
 
 conf/rollout.yaml explains the settings. The run is kept below outputs/rollout/; interrupted, the same command goes on.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastar.attention.events import AttendEvent
 from fastar.backbones import Backbone, Prompts
 from fastar.backbones.reference import BlockCausalAttend
-from fastar.cache import DenseCache, TempCache
+from fastar.cache import CachePolicy, DenseCache, TempCache
 from fastar.metrics.density import DensityRecorder
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
@@ -165,3 +166,130 @@ def test_annca_drops_prompt_tokens_on_the_text_stream(backbone: Backbone, name: 
     assert torch.isfinite(out).all() and (out - video(backbone, prompts(20))).abs().max() > 1e-4
     assert set(seen.live[0]) == {TEXT}, "the first step is dense"
     assert 0 < max(seen.live[3]) < TEXT and 0.3 < density.mean() < 1
+
+
+# -- a change of prompts in mid-rollout ----------------------------------------------------------------------------
+
+CACHES = configs("cache")
+REFUSES = {"tempcache_paper"}
+"""Caches that merge frames as they arrive and keep none apart."""
+FORGETS_NOTHING_ELSE = {"dense", "empty"}
+"""Caches of which any number of frames can be taken back."""
+
+
+def tight(name: str) -> CachePolicy:
+    """The policy of a file of conf/cache; if it has a budget, one of about ten frames, the last chunk of them exact."""
+    config = CACHES[name]
+    frames = 10 * {4: 0.4, 8: 0.7, 16: 1.0}[config.get("policy", config).get("slot_bits", 16)]
+    budget: Any = {"budget_share": None, "budget_frames": frames} if "budget_frames" in config else {}
+    if "recent_share" in config.get("policy", {}):
+        budget["policy"] = {"recent_share": 0.5}  # a tenth of so few frames is no chunk
+    made: CachePolicy = instantiate(config, **budget)
+    return made
+
+
+def keys(rollout: Rollout) -> list[Tensor]:
+    layers = range(rollout.state.cache.spec.num_layers)
+    return [rollout.state.cache.view(layer).k.clone() for layer in layers]
+
+
+def same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+def made_so_far(rollout: Rollout, chunks: int) -> Tensor:
+    """History and `chunks` generated ones: all latents so far."""
+    rollout.prefill(history(len(rollout.seeds)))
+    made = list(rollout.generate(chunks * CHUNK))
+    return torch.cat([history(len(rollout.seeds)), *made], dim=1)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_rewriting_under_the_same_prompt_changes_no_bit(backbone: Backbone, chunks: int) -> None:
+    rollout, twin = started(backbone, prompts(9, 20)), started(backbone, prompts(9, 20))
+    made, _ = (made_so_far(each, 3) for each in (rollout, twin))
+    before = keys(rollout)
+    rollout.change_prompts(prompts(9, 20), made[:, -chunks * CHUNK :])
+    assert all(torch.equal(now, then) for now, then in zip(keys(rollout), before, strict=True))
+    assert same_state(rollout.state_dict(), twin.state_dict())
+    assert torch.equal(rollout.step(), twin.step())
+
+
+def test_rewriting_under_another_prompt_changes_the_recent_keys_alone_and_what_follows(
+    backbone: Backbone,
+) -> None:
+    kinds: list[str] = []
+    seen = SimpleNamespace(on_attend=lambda event: kinds.append(event.context.kind))
+    rollout, twin = started(backbone, prompts(9), recorders=[seen]), started(backbone, prompts(9))
+    made, _ = (made_so_far(each, 3) for each in (rollout, twin))
+    before, other = keys(rollout), prompts(9, seed=1)
+    kinds.clear()
+    rollout.change_prompts(other, made[:, -2 * CHUNK :])
+    assert set(kinds) == {"rewrite"} and rollout.next_frame == twin.next_frame
+    kept = 2 * CHUNK * GRID[0] * GRID[1]  # tokens of the frames before
+    deep = zip(keys(rollout)[1:], before[1:], strict=True)  # keys of the first layer come before any prompt
+    assert torch.equal(keys(rollout)[0], before[0])
+    for now, then in deep:
+        assert torch.equal(now[:, :, :kept], then[:, :, :kept]) and now.shape == then.shape
+        assert (now[:, :, kept:] - then[:, :, kept:]).abs().max() > 1e-2
+    twin.change_prompts(other)
+    assert twin.prompts is other and all(torch.equal(*pair) for pair in zip(keys(twin), before, strict=True))
+    assert (rollout.step() - twin.step()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_every_cache_rewrites_its_last_chunk_or_says_why_not(
+    backbone: Backbone, name: str, tmp_path: Any
+) -> None:
+    def start() -> Rollout:
+        return started(backbone, prompts(20, 9), cache=lambda: tight(name))
+
+    other = prompts(7, 8, seed=1)
+    rollout, fresh = start(), start()
+    made = made_so_far(rollout, 6)
+    torch.save(rollout.state_dict(), tmp_path / "before.pt")
+    before = torch.load(tmp_path / "before.pt", weights_only=True)
+    if name not in FORGETS_NOTHING_ELSE:
+        with pytest.raises(ValueError, match="cannot be rewritten"):
+            rollout.change_prompts(other, made[:, -CHUNK:] if name in REFUSES else made)
+        assert same_state(rollout.state_dict(), before), "nothing has changed"
+    if name in REFUSES:
+        return
+    rollout.change_prompts(other, made[:, -CHUNK:])
+    torch.save(rollout.state_dict(), tmp_path / "after.pt")
+    wanted = torch.cat([rollout.step(), rollout.step()], dim=1)
+    assert torch.isfinite(wanted).all() and rollout.next_frame == 9 * CHUNK
+    bound = rollout.state.cache.capacity_bytes()
+    assert bound is None or rollout.state.cache.bytes_used() <= bound
+    fresh.load_state_dict(before)
+    fresh.change_prompts(other, made[:, -CHUNK:])
+    assert torch.equal(torch.cat([fresh.step(), fresh.step()], dim=1), wanted), "saved before the change"
+    later = start()
+    later.load_state_dict(torch.load(tmp_path / "after.pt", weights_only=True))
+    assert torch.equal(torch.cat([later.step(), later.step()], dim=1), wanted), "saved after it"
+
+
+def test_a_change_that_makes_no_sense_is_one_sentence_and_changes_nothing(backbone: Backbone) -> None:
+    rollout = started(backbone, prompts(9))
+    made = made_so_far(rollout, 2)
+    before, other = rollout.state_dict(), prompts(9, seed=1)
+    with pytest.raises(ValueError, match="12 frames cannot be rewritten: only 9 have been made"):
+        rollout.change_prompts(other, torch.cat([made, made[:, :3]], dim=1))
+    with pytest.raises(ValueError, match="2 frames are not a whole number of 3-frame chunks"):
+        rollout.change_prompts(other, made[:, -2:])
+    with pytest.raises(ValueError, match=r"prompts must be \[1, tokens, 48\]"):
+        rollout.change_prompts(prompts(9, 9), made[:, -3:])
+    assert same_state(rollout.state_dict(), before)
+
+
+def test_frames_of_a_backbone_that_follows_its_pose_are_not_rewritten() -> None:
+    from tests.small import clip, small_backbone, small_rollout
+
+    rollout = small_rollout(small_backbone(text_dim=WIDTH), prompts=prompts(9))
+    latents, actions = clip(4)
+    rollout.prefill(latents, actions)
+    with pytest.raises(ValueError, match="follows its pose"):
+        rollout.change_prompts(prompts(9, seed=1), latents[:, -2:], actions[:, -2:])
+    rollout.change_prompts(prompts(9, seed=1))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastar import interruption
 from fastar.compare.clips import AnyClips
+from fastar.compare.prompted import PromptedClip
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.compare.speedup import baseline_of
@@ -31,7 +32,7 @@ class Generated:
 def free_run(
     session: Session,
     method: Method,
-    clips: AnyClips,
+    clips: AnyClips | PromptedClip,
     seeds: Sequence[int],
     run: Run,
     scorer: Scorer,
@@ -40,7 +41,7 @@ def free_run(
     warmup_chunks: int,
     advance: Advance = lambda: None,
 ) -> Generated:
-    """Generate the rest of `clips` from their true beginning, and log everything to `run`.
+    """Generate the rest of `clips` from their true beginning, or from their prompts alone, and log everything to `run`.
 
     Every `save_every` chunks (of a long run: every tenth of what is made), and when the process is asked to stop, the
     rollout's state is kept; a run that finds one goes on from there and ends at the same bits. `advance` is called
@@ -63,6 +64,8 @@ def free_run(
         interruption.check()
         first = rollout.next_frame
         with timer.chunk(frames=session.chunk):
+            if isinstance(clips, PromptedClip):
+                clips.change(rollout, latents)
             chunk = rollout.step(clips.actions_in(slice(first, first + session.chunk)))
             pixels = session.show(clips, chunk, timer)
         latents.append(chunk.cpu())
@@ -90,13 +93,17 @@ def free_run(
     return result
 
 
-def _begin(session: Session, rollout: Rollout, clips: AnyClips, run: Run, timer: PassTimer) -> list[Tensor]:
+def _begin(
+    session: Session, rollout: Rollout, clips: AnyClips | PromptedClip, run: Run, timer: PassTimer
+) -> list[Tensor]:
     """Bring a fresh rollout to where the run is: after the true beginning, or after the chunks already made: those."""
     if run.has_state:
         state = run.load_state()
         rollout.load_state_dict(state["rollout"])
         timer.chunks.extend(ChunkTimes(**times) for times in state["times"])
         return list(state["latents"].split(session.chunk, dim=1))
+    if isinstance(clips, PromptedClip):
+        return []
     start = time.perf_counter()
     rollout.prefill(session.beginning(clips), clips.actions_in(slice(clips.prefill)))
     run.log({"prefill_s": time.perf_counter() - start})

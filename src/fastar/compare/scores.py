@@ -8,6 +8,7 @@ from torchmetrics import Metric
 
 from fastar.attention.events import Recorder
 from fastar.compare.clips import AnyClips, Clips
+from fastar.compare.prompted import PromptedClip
 from fastar.compare.session import Session
 from fastar.metrics.block_fill import FillRecorder
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
@@ -32,7 +33,7 @@ class Scorer:
         self,
         run: Run,
         session: Session,
-        clips: AnyClips,
+        clips: AnyClips | PromptedClip,
         metrics: Mapping[str, Metric],
         reference: Tensor | None,
     ) -> None:

@@ -76,7 +76,7 @@ class Session:
         """Latents [B, n, C, h, w] of a chunk -> uint8 [B, n, H, W, 3] on the CPU."""
         return to_uint8(self.eyes().decode(latents)).cpu()
 
-    def show(self, clips: AnyClips, latents: Tensor, timer: PassTimer | None = None) -> Tensor | None:
+    def show(self, clips: object, latents: Tensor, timer: PassTimer | None = None) -> Tensor | None:
         """`decode`, timed; None for clips without pixels."""
         if isinstance(clips, LatentClips):
             return None

@@ -5,11 +5,13 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from fastar.compare import methods as method_nodes
 from fastar.compare.clips import Clips, render_clips, steered_clip
 from fastar.compare.command import check_writable, progress_bar, wide_console
-from fastar.compare.free import Generated, free_run
+from fastar.compare.free import free_run
+from fastar.compare.prompted import PromptedClip, prompted_clip
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session, open_session
 from fastar.data.doom.script import read_actions
@@ -19,7 +21,18 @@ from fastar.results.provenance import device_name
 from fastar.results.tables import pivot, spread, to_rich
 from fastar.sweep.records import JobRecord
 
-SHOWN = ("fps", "fps/steady", "cache_bytes", "byte_share", "density", "psnr/truth")
+SHOWN = (
+    "fps",
+    "fps/steady",
+    "cache_bytes",
+    "byte_share",
+    "density",
+    "psnr/truth",
+    "presence",
+    "presence/changed",
+)
+LENGTHS = {"prefill_frames": 32, "frames": 160}
+"""Of a rollout that plays on, where the config leaves them open."""
 
 
 def roll(config: DictConfig, record: JobRecord | None = None) -> Path:
@@ -32,51 +45,78 @@ def roll(config: DictConfig, record: JobRecord | None = None) -> Path:
     check_writable(Path(config.paths.outputs) / config.name)
     session = open_session(config)
     session.eyes()
-    for setting in ("prefill_frames", "frames"):
-        if config[setting] < 1 or config[setting] % session.chunk:
-            raise ValueError(
-                f"{setting}={config[setting]} must be a whole number of {session.chunk}-frame chunks"
-            )
-    clips = clip_of(config)
+    clips = clip_of(config, session)
     with open_run(config, session, name, node, clips) as run:
         if record is not None:
             labels = {"protocol": "C", "backbone": config.backbone.name, "method": name}
             record.plan([{"run_id": run.run_id, "seeds": [config.seed], **labels}])
         if not run.finished:
             with progress_bar(console) as progress:
-                task = progress.add_task(name, total=config.frames // session.chunk)
+                task = progress.add_task(name, total=(clips.end - clips.prefill) // session.chunk)
                 scorer = Scorer(run, session, clips, {}, None)
                 result = free_run(
                     session, method_nodes.method_of(name, node), clips, [config.seed], run, scorer,
                     save_every=config.save_every, warmup_chunks=config.warmup_chunks,
                     advance=lambda: progress.advance(task),
                 )  # fmt: skip
-            write_videos(run, name, clips, result)
+            assert result.shown is not None
+            if isinstance(clips, PromptedClip):
+                clips.score(run, result.shown)
+            write_videos(run, name, clips, result.shown)
     rows = load(run.folder)
     console.print(to_rich(pivot(spread(rows, metrics=SHOWN))))
+    if isinstance(clips, PromptedClip) and clips.untold is not None:
+        console.print(f"no truth to compare with: {clips.untold}", highlight=False, soft_wrap=True)
     console.print(f"video and metrics: {run.folder}", highlight=False, soft_wrap=True)
     return run.folder
 
 
-def clip_of(config: DictConfig) -> Clips:
-    """True beginning, actions, and what the simulator shows for them."""
+def clip_of(config: DictConfig, session: Session) -> Clips | PromptedClip:
+    """What is given of the video, and what is known about the rest.
+
+    Raises:
+        FileNotFoundError, ValueError: settings that make no sense together.
+    """
+    if session.backbone.config.transformer.text_dim is not None:
+        return prompted_clip(config, session.chunk)
+    if config.prompts is not None:
+        raise ValueError(
+            f"the backbone '{config.backbone.name}' reads no prompts: add backbone=scenes data=scenes"
+        )
+    return played_clip(config, session.chunk)
+
+
+def played_clip(config: DictConfig, chunk: int) -> Clips:
+    """A true beginning, actions, and what the simulator shows for them."""
+    lengths = {name: default if config[name] is None else config[name] for name, default in LENGTHS.items()}
+    for setting, frames in lengths.items():
+        if frames < 1 or frames % chunk:
+            raise ValueError(f"{setting}={frames} must be a whole number of {chunk}-frame chunks")
+    prefill, generated = lengths["prefill_frames"], lengths["frames"]
     if config.actions == "clip":
-        prefill, generated = config.prefill_frames, config.frames
         return render_clips(config.data, "heldout", [config.seed], prefill=prefill, generated=generated)
-    actions = read_actions(str(config.actions), config.frames, seed=config.seed)
-    dataset = instantiate(config.data.heldout, frames=config.prefill_frames)
-    return steered_clip(dataset, config.seed, actions, prefill=config.prefill_frames)
+    actions = read_actions(str(config.actions), generated, seed=config.seed)
+    dataset = instantiate(config.data.heldout, frames=prefill)
+    return steered_clip(dataset, config.seed, actions, prefill=prefill)
 
 
-def open_run(config: DictConfig, session: Session, name: str, node: dict[str, Any], clips: Clips) -> Run:
+def open_run(
+    config: DictConfig, session: Session, name: str, node: dict[str, Any], clips: Clips | PromptedClip
+) -> Run:
     """The run of the store with these settings."""
-    heldout: Any = OmegaConf.to_container(config.data.heldout, resolve=True)
+    if isinstance(clips, PromptedClip):
+        given = clips.identity()
+    else:
+        heldout: Any = OmegaConf.to_container(config.data.heldout, resolve=True)
+        given = {
+            "data": {key: value for key, value in heldout.items() if key not in ("clips", "frames", "seed")},
+            "actions": clips.actions[0].tolist(),
+            "prefill_frames": clips.prefill,
+        }
     identity = {
         "method": method_nodes.identity_of(node, session.weights),
-        "data": {key: value for key, value in heldout.items() if key not in ("clips", "frames", "seed")},
+        **given,
         "rollout": OmegaConf.to_container(config.rollout, resolve=True),
-        "actions": clips.actions[0].tolist(),
-        "prefill_frames": config.prefill_frames,
         "dtype": config.dtype,
         "warmup_chunks": config.warmup_chunks,
     }
@@ -93,11 +133,12 @@ def open_run(config: DictConfig, session: Session, name: str, node: dict[str, An
     )
 
 
-def write_videos(run: Run, name: str, clips: Clips, result: Generated) -> None:
-    """The rollout alone, and beside the simulator."""
-    assert result.shown is not None
-    write_mp4(run.videos / "rollout.mp4", result.shown[0])
-    both = side_by_side({"simulator": clips.truth[0], name: result.shown[0]}, columns=2, scale=3)
-    path = write_mp4(run.videos / "side_by_side.mp4", both)
+def write_videos(run: Run, name: str, clips: Clips | PromptedClip, shown: Tensor) -> None:
+    """The rollout alone, and, if it is known, beside what the simulator or the prompts say."""
+    path = write_mp4(run.videos / "rollout.mp4", shown[0])
+    if clips.truth is not None:
+        told = "script" if isinstance(clips, PromptedClip) else "simulator"
+        both = side_by_side({told: clips.truth[0], name: shown[0]}, columns=2, scale=3)
+        path = write_mp4(run.videos / "side_by_side.mp4", both)
     for sink in run.sinks:
-        sink.video("side_by_side", path)
+        sink.video(path.stem, path)

@@ -27,6 +27,7 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "frechet": MetricInfo("", "lower", 2, "Frechet distance of image features, generated to real"),
     "turn_agreement": MetricInfo("", "higher", 3, "share of turns whose optical flow has the right sign"),
+    "presence": MetricInfo("", "higher", 3, "share of the scripted things that are found in their places"),
     # attention
     "recall": MetricInfo("", "higher", 4, "sum of min(dense, method) attention per token, mean over queries"),
     "output_error": MetricInfo("", "lower", 4, "relative error of the attention output"),

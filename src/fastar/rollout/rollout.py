@@ -65,22 +65,47 @@ class Rollout:
 
     def use_prompts(self, prompts: Prompts | None) -> None:
         """Show `prompts` from the next pass on; see the class for what is refused."""
-        width = self.transformer.config.text_dim
-        if width is None and prompts is not None:
-            raise ValueError("this backbone reads no text: leave its prompts out")
-        if width is not None and prompts is None:
-            raise ValueError(
-                f"this backbone reads text and none was given: pass prompts of {len(self.seeds)} videos, {width} wide"
-            )
-        shape = (len(self.seeds), width)
-        if prompts is not None and (prompts.embeddings.shape[0], prompts.embeddings.shape[2]) != shape:
-            raise ValueError(
-                f"prompts must be [{shape[0]}, tokens, {width}], got {list(prompts.embeddings.shape)}"
-            )
+        self._check_prompts(prompts)
         self.prompts = prompts
         dtype = self.transformer.patch_embedding.weight.dtype
         self._text = None if prompts is None else prompts.text(self.device, dtype)
         self._projected: ProjectedText | None = None
+
+    @torch.inference_mode()
+    def change_prompts(
+        self, prompts: Prompts, recent: Tensor | None = None, actions: Tensor | None = None
+    ) -> None:
+        """Show `prompts` from the next chunk on, with recent frames cached again as if they had been made under them.
+
+        If a pass fails on the way, the rollout stands at the first frame that is not cached again.
+
+        Args:
+            prompts: one per video.
+            recent: clean latents [B, n, C, h, w] of the last n frames, whole chunks; None: the cache stays as it is.
+            actions: [B, n] int64 of those frames.
+
+        Raises:
+            ValueError: prompts that do not fit, other than whole chunks, more frames than there are, a cache that
+                cannot drop them any more, or a backbone that follows its pose. Nothing has changed then.
+        """
+        self._check_prompts(prompts)
+        frames = 0 if recent is None else recent.shape[1]
+        if recent is None or not frames:
+            self.use_prompts(prompts)
+            return
+        starts, first = self._chunk_starts(frames), self.next_frame - frames
+        if first < 0:
+            raise ValueError(f"{frames} frames cannot be rewritten: only {self.next_frame} have been made")
+        if self.pose is not None:
+            raise ValueError(
+                "this backbone follows its pose from frame to frame: its frames cannot be rewritten"
+            )
+        self.state.rewrite(first)
+        self.use_prompts(prompts)
+        self.next_frame = first
+        for start in starts:
+            part = slice(start, start + self.loop.chunk_frames)
+            self.commit(recent[:, part], None if actions is None else actions[:, part], kind=PassKind.REWRITE)
 
     @torch.inference_mode()
     def prefill(self, latents: Tensor, actions: Tensor | None = None) -> None:
@@ -216,6 +241,20 @@ class Rollout:
         self.next_frame = int(saved["next_frame"])
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
+
+    def _check_prompts(self, prompts: Prompts | None) -> None:
+        width = self.transformer.config.text_dim
+        if width is None and prompts is not None:
+            raise ValueError("this backbone reads no text: leave its prompts out")
+        if width is not None and prompts is None:
+            raise ValueError(
+                f"this backbone reads text and none was given: pass prompts of {len(self.seeds)} videos, {width} wide"
+            )
+        shape = (len(self.seeds), width)
+        if prompts is not None and (prompts.embeddings.shape[0], prompts.embeddings.shape[2]) != shape:
+            raise ValueError(
+                f"prompts must be [{shape[0]}, tokens, {width}], got {list(prompts.embeddings.shape)}"
+            )
 
     def _require_finite(self, values: Tensor, what: str) -> None:
         """Twice a chunk, not in every pass: each look makes the GPU wait for the host."""
