@@ -76,10 +76,14 @@ class Clips:
         return masked_psnr(picked, self.frames[rows, self.return_frames], self.return_masks)
 
     def presence(self, generated: Tensor) -> list[float] | None:
-        """Share of the scripted things found in generated frames [B, F - prefill, H, W, 3]; None without scripts."""
+        """Share of the scripted things found in generated frames [B, F - prefill, H, W, 3]; None without scripts.
+
+        It is looked for where `generated` is.
+        """
         if self.scripts is None:
             return None
-        whole = torch.cat([self.frames[:, : self.prefill], generated], dim=1).permute(0, 1, 4, 2, 3)
+        given = self.frames[:, : self.prefill].to(generated.device)
+        whole = torch.cat([given, generated], dim=1).permute(0, 1, 4, 2, 3)
         return [
             presence(frames, script).share_from(self.prefill)
             for frames, script in zip(whole, self.scripts, strict=True)

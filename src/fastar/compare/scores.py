@@ -114,7 +114,7 @@ class Scorer:
         returned = self.clips.revisit_psnr(shown)
         if returned is not None:
             scores["revisit_psnr"] = returned.tolist()
-        present = self.clips.presence(shown)
+        present = self.clips.presence(shown.to(self.session.device))
         if present is not None:
             scores["presence"] = present
         if self.reference is not None and self.metrics.keys() & WHOLE_CLIP:

@@ -49,7 +49,6 @@ METRICS: dict[str, MetricInfo] = {
     "prompt_density": MetricInfo(
         "", "lower", 3, "pairs of queries and prompt tokens, padding included / those of dense, all passes"
     ),
-    "presence": MetricInfo("", "higher", 3, "scripted things found within a sprite's width of their place"),
     # memory
     "cache_bytes": MetricInfo(
         "B", "lower", 1, "everything the cache keeps: keys, values, scales, counts, positions"
