@@ -129,7 +129,11 @@ def _actor_frames(scored: Presence, script: Script) -> list[dict[str, Any]]:
         actors = script.shots[number].actors
         for i, actor in enumerate(actors):
             if scored.expected[frame, i]:
-                about = {"actors": len(actors), "motion": str(actor.motion), "size": actor.size}
+                about = {
+                    "actors": f"{len(actors)} in a shot",
+                    "motion": str(actor.motion),
+                    "size": actor.size,
+                }
                 rows.append({"found": bool(scored.found[frame, i]), **about})
     return rows
 

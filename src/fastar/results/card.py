@@ -79,6 +79,18 @@ LINES: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
     ),
     (
         "presence",
+        "things found by motion, frames of all clips together",
+        "",
+        lambda row: _shares(row["by_motion"]),
+    ),
+    (
+        "presence",
+        "the same by things in the shot and by size",
+        "",
+        lambda row: f"{_shares(row['by_actors'])}; {_shares(row['by_size'])}",
+    ),
+    (
+        "presence",
         "distance to the script's render, PSNR",
         "",
         lambda row: f"{row['psnr']:.2f} dB",
@@ -117,3 +129,10 @@ def _gain(row: Row) -> str:
 def _share(row: Row) -> str:
     low, high = (100 * row[name] for name in ("low", "high"))
     return f"{100 * row['share']:.1f} [{low:.1f}, {high:.1f}] %, {row['clips']} clips"
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    """The worst first."""
+    return ", ".join(
+        f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(), key=lambda x: x[1])
+    )
