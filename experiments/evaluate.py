@@ -1,6 +1,7 @@
-"""Is a trained backbone worth comparing methods on? The numbers of its model card, on held-out worlds and textures.
+"""Is a trained backbone worth comparing methods on? The numbers of its model card, on held-out clips.
 
     python experiments/evaluate.py checkpoint=checkpoints/doom
+    python experiments/evaluate.py backbone=scenes data=scenes
 
 One JSON line per measure is written to `output`/backbone.jsonl, all of them as a table to backbone.md; see
 conf/evaluate.yaml for sizes.

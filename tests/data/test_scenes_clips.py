@@ -7,7 +7,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from fastar.compare.clips import Clips, load_clips
@@ -18,31 +17,9 @@ from fastar.data.scenes.nouns import NOUNS
 from fastar.data.scenes.prompt import write_prompt
 from fastar.data.scenes.render import render
 from fastar.data.scenes.script import draw_script
+from tests.letters import Letters
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
-class Letters:
-    """A token for every word: its first letter, eight times."""
-
-    positions = 60
-
-    def __init__(self) -> None:
-        self.encoded: list[str] = []
-
-    def encode(self, sentences: list[str]) -> list[Tensor]:
-        self.encoded += sentences
-        return [torch.tensor(self.numbers(text)).float()[:, None].expand(-1, 8) for text in sentences]
-
-    def offsets(self, sentence: str) -> list[tuple[int, int]]:
-        return [word.span() for word in re.finditer(r"\S+", sentence)]
-
-    def numbers(self, sentence: str) -> list[int]:
-        return [ord(word[0]) for word in sentence.split()]
-
-    def encode_numbers(self, numbers: Tensor, lengths: Tensor) -> Tensor:
-        inside = torch.arange(numbers.shape[1]) < lengths[:, None]
-        return (numbers * inside).float()[..., None].expand(-1, -1, 8)
 
 
 def test_a_number_fixes_every_bit_of_a_clip() -> None:

@@ -10,7 +10,7 @@ from fastar.data.scenes.detector import presence
 from fastar.data.scenes.render import render
 from fastar.data.scenes.script import draw_script
 from fastar.data.scenes.storyboard import Line, Prompt, Storyboard, read_storyboard, storyboard_of
-from tests.data.test_scenes_clips import Letters
+from tests.letters import Letters
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "experiments/prompts/example.yaml"

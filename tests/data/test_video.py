@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastar.data.video import contact_sheet, read_mp4, side_by_side, upscale, write_mp4
+from fastar.data.video import contact_sheet, read_mp4, save_png, side_by_side, upscale, write_mp4
 from fastar.metrics.fidelity import frame_psnr
 
 
@@ -97,3 +97,14 @@ def test_sizes_must_agree() -> None:
         contact_sheet({"a": clip(), "b": clip(height=50)})
     with pytest.raises(ValueError, match="no videos"):
         side_by_side({})
+
+
+def test_saved_pictures_are_small_and_look_the_same(tmp_path: Path) -> None:
+    noise = torch.randint(-9, 9, (6, 48, 64, 3), generator=torch.Generator().manual_seed(0))
+    sheet = contact_sheet({"noisy": (clip().int() + noise).clamp(0, 255).to(torch.uint8)}, scale=2)
+    sheet.save(tmp_path / "exact.png", optimize=True)
+    save_png(tmp_path / "small.png", sheet)
+    assert 2 * (tmp_path / "small.png").stat().st_size < (tmp_path / "exact.png").stat().st_size
+    with Image.open(tmp_path / "small.png") as saved:
+        back, exact = (torch.from_numpy(np.array(p.convert("RGB")))[None] for p in (saved, sheet))
+    assert frame_psnr(back, exact).item() > 30

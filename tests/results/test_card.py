@@ -25,6 +25,21 @@ def test_measures_stand_beside_their_targets() -> None:
     assert len(evaluation_table(rows[2:3])) == 1
 
 
+def test_scenes_have_lines_of_their_own() -> None:
+    share = {"share": 0.912, "low": 0.9, "high": 0.92, "clips": 100, "psnr": 28.0}
+    rows = [share | {"measure": "shuffled", "share": 0.03},
+            share | {"measure": "presence", "real": 0.991, "autoencoder": 0.99, "other_script": 0.05,
+                     "by_motion": {"stay": 1.0, "down": 0.75}, "by_actors": {"1 in a shot": 0.9, "2 in a shot": 0.8},
+                     "by_size": {"small": 0.5}}]  # fmt: skip
+    table = evaluation_table(rows)
+    assert table["target"].tolist()[:3] == ["at least 70 %", "at most a third of that", "at least 97 %"]
+    assert table["measured"].iloc[0].startswith("91.2 [90.0, 92.0] %, 100 clips; autoencoder 99.0 %, ")
+    assert table["measured"].iloc[1].startswith("3.0 [90.0") and table["measured"].iloc[2] == "99.1 %"
+    assert table["measured"].tolist()[3:] == [
+        "down 75 %, stay 100 %", "2 in a shot 80 %, 1 in a shot 90 %; small 50 %", "28.00 dB"
+    ]  # fmt: skip
+
+
 def test_the_page_names_every_maker_once() -> None:
     row = {"measure": "action_following", "share": 1.0, "tries": 200}
     other = {"measure": "drift", "early": 40.0, "late": 52.0, "ratio": 1.3, "frames": 5040}

@@ -1,6 +1,6 @@
 """The clips that seeds stand for: true frames to start from, actions, and the truth about the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -150,10 +150,15 @@ def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int,
         prefill=prefill,
         return_frames=batch.get("return_frames"),
         return_masks=batch.get("return_masks"),
-        prompts=Prompts(batch["prompt"].float(), batch["prompt_tokens"]) if "prompt" in batch else None,
+        prompts=prompts_of(batch),
         scripts=scripts,
         relevance=batch.get("relevance"),
     )
+
+
+def prompts_of(batch: Mapping[str, Tensor]) -> Prompts | None:
+    """The prompts of a batch of clips; None if its data set has none."""
+    return Prompts(batch["prompt"].float(), batch["prompt_tokens"]) if "prompt" in batch else None
 
 
 def _render_return(dataset: ReturnClips, index: int) -> dict[str, Tensor]:

@@ -56,6 +56,45 @@ LINES: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
             f"{row['ratio']:.2f} ({row['late']:.0f} / {row['early']:.0f}), {row['frames']} frames a side"
         ),
     ),
+    (
+        "presence",
+        "things of the prompt found in the video",
+        "at least 70 %",
+        lambda row: (
+            f"{_share(row)}; autoencoder {100 * row['autoencoder']:.1f} %, "
+            f"next clip's script {100 * row['other_script']:.1f} %"
+        ),
+    ),
+    (
+        "shuffled",
+        "the same with the next clip's prompt",
+        "at most a third of that",
+        lambda row: _share(row),
+    ),
+    (
+        "presence",
+        "the same on the script's render (the detector itself)",
+        "at least 97 %",
+        lambda row: f"{100 * row['real']:.1f} %",
+    ),
+    (
+        "presence",
+        "things found by motion, frames of all clips together",
+        "",
+        lambda row: _shares(row["by_motion"]),
+    ),
+    (
+        "presence",
+        "the same by things in the shot and by size",
+        "",
+        lambda row: f"{_shares(row['by_actors'])}; {_shares(row['by_size'])}",
+    ),
+    (
+        "presence",
+        "distance to the script's render, PSNR",
+        "",
+        lambda row: f"{row['psnr']:.2f} dB",
+    ),
 )
 """Measure as `evaluate.py` names it, what the line is called, its target, how a result is written."""
 
@@ -85,3 +124,15 @@ def made_with(checkpoint: str | None, timesteps: Sequence[float], device: torch.
 
 def _gain(row: Row) -> str:
     return f"{row['gain']:.2f} [{row['gain_low']:.2f}, {row['gain_high']:.2f}] dB"
+
+
+def _share(row: Row) -> str:
+    low, high = (100 * row[name] for name in ("low", "high"))
+    return f"{100 * row['share']:.1f} [{low:.1f}, {high:.1f}] %, {row['clips']} clips"
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    """The worst first."""
+    return ", ".join(
+        f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(), key=lambda x: x[1])
+    )
