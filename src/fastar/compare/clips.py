@@ -19,6 +19,7 @@ from fastar.data.doom.returns import ReturnClips
 from fastar.data.scenes.dataset import ScenesClips
 from fastar.data.scenes.detector import presence
 from fastar.data.scenes.script import Script
+from fastar.data.scenes.truth import PhraseTokens
 from fastar.metrics.revisit import masked_psnr
 from fastar.sparsity.base import check_choice
 
@@ -38,6 +39,7 @@ class Clips:
         prompts: one per video; None for a backbone that reads no text.
         scripts: what each video shows, of scripted scenes; None for other clips.
         relevance: bool [B, F, S], whether a prompt token matters to a frame, of scripted scenes.
+        phrases: what each prompt says and by which tokens, of scripted scenes.
     """
 
     frames: Tensor
@@ -48,6 +50,7 @@ class Clips:
     prompts: Prompts | None = None
     scripts: tuple[Script, ...] | None = None
     relevance: Tensor | None = None
+    phrases: tuple[Sequence[PhraseTokens], ...] | None = None
 
     @property
     def batch(self) -> int:
@@ -133,6 +136,7 @@ def render_clips(
 def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int, generated: int) -> Clips:
     data: Any = OmegaConf.create(data_yaml)
     scripts: tuple[Script, ...] | None = None
+    phrases: tuple[Sequence[PhraseTokens], ...] | None = None
     if source == "returns":
         dataset = instantiate(data.returns, history=prefill, future=generated, clips=max(seeds) + 1)
         items = [_render_return(dataset, seed) for seed in seeds]
@@ -143,6 +147,8 @@ def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int,
         items = [next(iter(dataset)) for dataset in datasets]
         if isinstance(datasets[0], ScenesClips):
             scripts = tuple(dataset.script(seed) for dataset, seed in zip(datasets, seeds, strict=True))
+            if datasets[0].encoder is not None:
+                phrases = tuple(dataset.phrases(seed) for dataset, seed in zip(datasets, seeds, strict=True))
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     return Clips(
         frames=batch["frames"],
@@ -153,6 +159,7 @@ def _rendered(data_yaml: str, source: str, seeds: tuple[int, ...], prefill: int,
         prompts=prompts_of(batch),
         scripts=scripts,
         relevance=batch.get("relevance"),
+        phrases=phrases,
     )
 
 

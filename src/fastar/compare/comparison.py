@@ -248,7 +248,8 @@ class Comparison:
             task.group.reference = read_latents(runs[REFERENCE].folder / LATENTS).to(self.session.device)
 
     def _scorer(self, run: Run, group: Group) -> Scorer:
-        return Scorer(run, self.session, group.clips, self.metrics, group.reference)
+        shown = group.seeds[0] in self.seeds[: self.config.videos]
+        return Scorer(run, self.session, group.clips, self.metrics, group.reference, keep_words=shown)
 
     def _keep_videos(self, run: Run, group: Group, result: Generated) -> None:
         if result.shown is None or group.clips.truth is None:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from fastar.compare import words
 from fastar.compare.caption import check_alike, describe, span
 from fastar.compare.variants import settings_of, variant_names
 from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
@@ -137,6 +138,7 @@ def write_report(
     _add_plots(report, rows, here, colours)
     _add_ablations(report, here, varied)
     _add_videos(report, known, names, seed, budget_share)
+    report.images |= words.draw_all(report.folder, known, names)
     _save_tables(report, rows)
     _save_summaries(report, rows, budget_share, baseline)
     return report

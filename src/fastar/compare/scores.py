@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fastar.attention.events import Recorder
+from fastar.compare import words
 from fastar.compare.clips import AnyClips, Clips
 from fastar.compare.prompted import PromptedClip
 from fastar.compare.session import Session
@@ -27,6 +28,7 @@ class Scorer:
     Args:
         metrics: distances to the reference video, (pred, target) -> score.
         reference: latents [B, n, C, h, w] of the dense rollout, or None where there is none to compare with.
+        keep_words: keep which phrases of the first clip's prompt were read, for a picture.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class Scorer:
         clips: AnyClips | PromptedClip,
         metrics: Mapping[str, Metric],
         reference: Tensor | None,
+        *,
+        keep_words: bool = False,
     ) -> None:
         self.run, self.session, self.clips = run, session, clips
-        self.metrics, self.reference = metrics, reference
+        self.metrics, self.reference, self.keep_words = metrics, reference, keep_words
         config = session.backbone.config
         self.tokens = config.tokens_per_frame
         self.density = DensityRecorder(tokens_per_frame=self.tokens)
@@ -97,6 +101,8 @@ class Scorer:
     def selection(self, first: int) -> None:
         """What the chunk at frame `first` read: prompt tokens, and how full its blocks were."""
         scores = self.fill.scores()
+        if self.keep_words and self.prompt is not None and isinstance(self.clips, Clips):
+            words.keep(self.run.folder, self.clips, first, self.session.chunk, self.prompt.read())
         if self.prompt is not None:
             density = self.prompt_density.curve()[-1].density
             scores |= self.prompt.scores() | {"prompt_density": [density] * self.clips.batch}

@@ -34,6 +34,7 @@ class PromptRecorder:
         self.relevance = relevance
         self._calls: dict[str, list[Tensor]] = {}
         self._read: dict[int, Tensor] = {}  # by step: bool [B, S], by any head of any layer
+        self._reads: list[Tensor] = []  # by call: [B, S], share of heads that read a token of the prompt
         self._chunk: tuple[Tensor, Tensor | None] | None = None  # real and relevant tokens, bool [B, S]
 
     def on_attend(self, event: AttendEvent) -> None:
@@ -53,8 +54,16 @@ class PromptRecorder:
         if relevant is not None:
             self._add("prompt_recall", _share(read & relevant, real & relevant))
             self._add("prompt_precision", _share(read & relevant, read))
+        self._reads.append(_of_tokens(read, prompt.tokens).float().mean(1))
         step, anyone = event.context.step, read.any(1)
         self._read[step] = self._read[step] | anyone if step in self._read else anyone
+
+    def read(self) -> Tensor | None:
+        """Share of the chunk's sparse calls, passes, layers and heads together, that read a token: [B, S].
+
+        None if there was no such call: all is read. Ask before `scores`, which forgets it.
+        """
+        return torch.stack(self._reads).mean(0) if self._reads else None
 
     def scores(self) -> dict[str, list[float]]:
         """The measures of the chunk since the last call, one number a video; forgets them."""
@@ -62,7 +71,7 @@ class PromptRecorder:
             self._read_all(*self._chunk)
         found = {name: torch.stack(values).nanmean(0).tolist() for name, values in self._calls.items()}
         found |= {name: values.tolist() for name, values in self._of_any()}
-        self._calls, self._read, self._chunk = {}, {}, None
+        self._calls, self._read, self._chunk, self._reads = {}, {}, None, []
         return found
 
     def _read_all(self, real: Tensor, relevant: Tensor | None) -> None:
@@ -95,6 +104,16 @@ class PromptRecorder:
     def _add(self, name: str, values: Tensor) -> None:
         """One call's values [B, H]."""
         self._calls.setdefault(name, []).append(values.nanmean(1))
+
+
+def _of_tokens(slots: Tensor, tokens: Tensor | None) -> Tensor:
+    """bool [B, H, S] of slots -> of the tokens of the prompt; slots that merge padding speak for their first token."""
+    if tokens is None:
+        return slots
+    length = int(tokens.max()) + 1
+    return torch.zeros(*slots.shape[:2], length, dtype=torch.bool, device=slots.device).scatter_(
+        2, tokens, slots
+    )
 
 
 def _share(some: Tensor, of: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fastar.data.scenes.embedding import Encoder
 from fastar.data.scenes.prompt import write_prompt
 from fastar.data.scenes.render import render
 from fastar.data.scenes.script import LENGTHS, MOST_SHOTS, Script, Split, draw_script
-from fastar.data.scenes.truth import relevance
+from fastar.data.scenes.truth import PhraseTokens, phrases_of, relevance
 from fastar.data.shards import own_numbers
 
 PHASES = LENGTHS[-1]
@@ -89,11 +89,17 @@ class ScenesClips(IterableDataset[dict[str, Tensor]]):
             return batch
         return embedding.embed_batch(self.encoder, batch)
 
-    def _relevance(self, script: Script, sentences: list[str]) -> Tensor:
+    def phrases(self, index: int) -> list[PhraseTokens]:
+        """What the prompt of clip `index` says, phrase by phrase, and the tokens that say it. Needs an `encoder`."""
+        script = self.script(index)
+        return phrases_of(script, self._offsets([sentence.text for sentence in write_prompt(script)]))
+
+    def _offsets(self, sentences: list[str]) -> list[tuple[int, int, int]]:
         assert self.encoder is not None
-        offsets = [
-            (shot, *span) for shot, text in enumerate(sentences) for span in self.encoder.offsets(text)
-        ]
+        return [(shot, *span) for shot, text in enumerate(sentences) for span in self.encoder.offsets(text)]
+
+    def _relevance(self, script: Script, sentences: list[str]) -> Tensor:
+        offsets = self._offsets(sentences)
         padded = torch.zeros(script.frames, embedding.TEXT_LEN, dtype=torch.bool)
         padded[:, : len(offsets)] = relevance(script, offsets)
         return padded

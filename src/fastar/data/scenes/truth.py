@@ -1,6 +1,7 @@
 """Which tokens of the prompt matter to a frame, and where."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,6 +45,30 @@ def regions(script: Script, offsets: Offsets) -> Tensor:
         else:
             boxes[:, token] = shown.boxes[:, phrase.actor].clamp(min=0).minimum(frame)
     return boxes * _relevance(shown, phrases, offsets)[..., None]
+
+
+@dataclass(frozen=True)
+class PhraseTokens:
+    """What a prompt says of one actor, of the background or of the camera, and the tokens that say it."""
+
+    shot: int
+    text: str
+    tokens: tuple[int, ...]
+
+
+def phrases_of(script: Script, offsets: Offsets) -> list[PhraseTokens]:
+    """The phrases of a prompt in the order of its text, with their content tokens (no function words)."""
+    phrases = token_phrases(script, offsets)
+    found: list[PhraseTokens] = []
+    for shot, sentence in enumerate(write_prompt(script)):
+        for phrase in sentence.phrases:
+            tokens = [
+                token
+                for token, (own, (of, _, _)) in enumerate(zip(phrases, offsets, strict=True))
+                if own == phrase and of == shot
+            ]
+            found.append(PhraseTokens(shot, sentence.text[phrase.start : phrase.end], tuple(tokens)))
+    return found
 
 
 def token_phrases(script: Script, offsets: Offsets) -> list[Phrase | None]:
