@@ -88,7 +88,8 @@ class PromptRecorder:
         if self.relevance is None:
             return None
         first = event.context.first_frame
-        frames = self.relevance[:, first : first + event.context.num_frames].to(event.q.device)
+        self.relevance = self.relevance.to(event.q.device)  # once
+        frames = self.relevance[:, first : first + event.context.num_frames]
         relevant = frames.any(1)[:, None].expand(-1, event.q.shape[1], -1)
         return relevant if tokens is None else relevant.gather(2, tokens)
 
