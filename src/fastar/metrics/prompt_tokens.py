@@ -60,7 +60,7 @@ class PromptRecorder:
         """The measures of the chunk since the last call, one number a video; forgets them."""
         if self._chunk is not None and not self._calls:
             self._read_all(*self._chunk)
-        found = {name: torch.stack(values).nanmean(0).tolist() for name, values in self._calls.items()}
+        found = {name: torch.stack(values).nanmean((0, 2)).tolist() for name, values in self._calls.items()}
         found |= {name: values.tolist() for name, values in self._of_any()}
         self._calls, self._read, self._chunk = {}, {}, None
         return found
@@ -95,7 +95,7 @@ class PromptRecorder:
 
     def _add(self, name: str, values: Tensor) -> None:
         """One call's values [B, H]."""
-        self._calls.setdefault(name, []).append(values.nanmean(1))
+        self._calls.setdefault(name, []).append(values)
 
 
 def _share(some: Tensor, of: Tensor) -> Tensor:
