@@ -53,6 +53,17 @@ def small_backbone(seed: int = 0, *, text_dim: int | None = None) -> Backbone:
     return backbone
 
 
+def text_backbone() -> Backbone:
+    """The tiny stand-in for Wan, with a text stream; no parameter is zero."""
+    torch.manual_seed(0)
+    made: Backbone = instantiate(configs("backbone")["tiny_text"])
+    with torch.no_grad():
+        for parameter in made.transformer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    made.transformer.eval()
+    return made
+
+
 def poses(backbone: Backbone, actions: Tensor) -> Tensor:
     """Poses [B, F, 3] of a video that starts at the origin."""
     odometer = backbone.transformer.odometer

@@ -221,3 +221,24 @@ def test_lsh_finds_the_best_of_the_keys_that_share_a_bucket() -> None:
     assert torch.equal(index, torch.where(shares.any(-1), distance.argmin(-1), -1))
     wider, _ = ann.LSHMatcher(bits=8, tables=2, radius=1).nearest(queries, keys, metric="euclidean")
     assert (wider == -1).sum() < (index == -1).sum() < index.numel()
+
+
+def test_lsh_buckets_centre_each_side_or_the_keys_alone() -> None:
+    queries, keys = near_pairs(problems=2, queries=30, keys=50)
+    queries = queries + 3
+    planes = torch.randn(16, 4, generator=torch.Generator().manual_seed(7))
+
+    def codes(x: Tensor) -> list[list[int]]:
+        return [[sum(2**bit for bit in range(4) if float(row @ planes[:, bit]) > 0) for row in p] for p in x]
+
+    centred = [x - x.mean(1, keepdim=True) for x in (queries, keys)]
+    cases = {(True, None): centred, (True, False): [queries, centred[1]], (False, None): [queries, keys]}
+    for (centre, centre_queries), expected in cases.items():
+        lsh = ann.LSHBucketizer(bits=4, centre=centre, centre_queries=centre_queries, seed=7)
+        found = lsh.buckets(queries, keys)
+        assert [ids.tolist() for ids in found] == [codes(x) for x in expected]
+    # what all queries ask for together stays in their codes, and keys about their mean answer to it
+    kept, gone = (
+        ann.LSHBucketizer(bits=4, centre_queries=c).buckets(queries + 100, keys)[0] for c in (False, True)
+    )
+    assert (kept == kept[:, :1]).all() and gone.unique().numel() > 4

@@ -1,5 +1,7 @@
 """What the transformer lets pass between frames, how it trains, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -195,3 +197,34 @@ def test_inputs_that_do_not_fit_are_refused_in_one_sentence() -> None:
 def test_configs_that_cannot_be_built_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WanConfig(**(vars(CONFIG) | change))
+
+
+TEXT_CONFIG = replace(CONFIG, num_actions=None, text_dim=12, text_len=9)
+
+
+@torch.no_grad()
+def test_a_prompt_projected_once_is_the_prompt() -> None:
+    model, generator = make_model(TEXT_CONFIG), torch.Generator().manual_seed(2)
+    latents, timesteps, _ = make_inputs()
+    text = torch.randn(2, 7, 12, generator=generator)
+    attend = BlockCausalAttend(rope=model.rope, grid=GRID, chunk_frames=2)
+    projected = model.project_text(text)
+    assert [(k.shape, v.shape) for k, v in projected] == [((2, 2, 9, 16), (2, 2, 9, 16))] * 2
+    raw, once = (model(latents, timesteps, attend=attend, text=words) for words in (text, projected))
+    assert torch.equal(raw, once)
+    assert (model(latents, timesteps, attend=attend, text=model.project_text(-text)) - raw).abs().max() > 1e-4
+
+
+def test_projected_text_of_another_model_is_refused() -> None:
+    model = make_model(TEXT_CONFIG)
+    latents, timesteps, actions = make_inputs()
+    projected = model.project_text(torch.randn(2, 7, 12))
+    with pytest.raises(ValueError, match="must be of 2 layers, got 1: use project_text"):
+        model(latents, timesteps, attend=values_only, text=projected[:1])
+    with pytest.raises(ValueError, match=r"text must be \[batch, tokens, 12\], got \(2, 7, 8\)"):
+        model.project_text(torch.randn(2, 7, 8))
+    without = make_model()
+    with pytest.raises(ValueError, match="text_dim is None"):
+        without.project_text(torch.randn(2, 7, 12))
+    with pytest.raises(ValueError, match="text_dim is None"):
+        without(latents, timesteps, attend=values_only, actions=actions, text=projected)

@@ -1,6 +1,7 @@
 """Clips of scenes: a number fixes every bit, no shard repeats another, prompts as the backbone reads them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from fastar.compare.clips import Clips, load_clips
 from fastar.data.scenes.dataset import NUM_ACTIONS, ScenesClips
+from fastar.data.scenes.detector import presence
 from fastar.data.scenes.embedding import CLAUSE_CODE, SHOT_CODE, codes, embed, position_code
 from fastar.data.scenes.embedding import number as number_prompt
 from fastar.data.scenes.nouns import NOUNS
 from fastar.data.scenes.prompt import write_prompt
 from fastar.data.scenes.render import render
 from fastar.data.scenes.script import draw_script
+from fastar.data.scenes.truth import relevance
 from tests.letters import Letters
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -66,6 +69,40 @@ def test_prompts_are_the_sentences_one_after_the_other() -> None:
     assert prompt.shape == (512, 8 + SHOT_CODE + CLAUSE_CODE) and prompt.dtype == torch.float16
     assert tokens == len(words) and prompt[:tokens, 0].tolist() == [float(ord(word[0])) for word in words]
     assert torch.equal(prompt[:tokens, 8:], codes(encoder, sentences).half()) and not prompt[tokens:].any()
+
+
+def test_relevance_is_of_the_tokens_that_the_prompt_has() -> None:
+    """One row a frame, one column a token of the embedded prompt; a word of a thing matters while it is seen."""
+    data = ScenesClips(frames=48, encoder=Letters(), truth=True)
+    clip, script = next(data.numbered([5])), data.script(5)
+    found, tokens = clip["relevance"], int(clip["prompt_tokens"])
+    assert found.shape == (48, 512) and found.dtype == torch.bool and not found[:, tokens:].any()
+    words = [
+        (shot, *span)
+        for shot, sentence in enumerate(write_prompt(script))
+        for span in Letters().offsets(sentence.text)
+    ]
+    assert tokens == len(words) and torch.equal(found[:, :tokens], relevance(script, words))
+    of_shot = torch.tensor([shot for shot, _, _ in words])
+    for row, (shot, _) in zip(found[:, :tokens], script.timecode(), strict=True):
+        assert row.any() and set(of_shot[row].tolist()) == {shot}
+    later = next(ScenesClips(frames=48, encoder=Letters(), truth=True, encode_later=True).numbered([5]))
+    assert torch.equal(later["relevance"], found)
+    assert "relevance" not in next(ScenesClips(frames=48, encoder=Letters()).numbered([5]))
+    assert "relevance" not in next(ScenesClips(frames=48, truth=True).numbered([5]))
+
+
+def test_presence_is_of_the_generated_frames_alone() -> None:
+    """Two clips: the first shows what its script says, the second what the first one's does."""
+    data = ScenesClips(frames=24, split="heldout")
+    scripts = tuple(data.script(number) for number in (0, 1))
+    true = torch.stack([render(script) for script in scripts])
+    clips = Clips(true, torch.zeros(2, 24, dtype=torch.int64), 16, scripts=scripts)
+    right, wrong = clips.presence(true[[0, 0], 16:]) or ()
+    assert right >= 0.9 and wrong <= 0.2
+    whole = presence(true[0].permute(0, 3, 1, 2), scripts[0])
+    assert right == whole.share_from(16)
+    assert replace(clips, scripts=None).presence(true[:, 16:]) is None
 
 
 def test_codes_say_the_shot_and_the_clause() -> None:
@@ -144,6 +181,9 @@ def test_comparisons_give_the_backbone_the_prompts_of_its_clips() -> None:
         assert torch.equal(clips.frames[number], item["frames"]) and clips.prompts.lengths[number] == tokens
         assert torch.equal(clips.prompts.embeddings[number], item["prompt"].float())
         assert item["prompt"][:tokens, 0].abs().min() > 0 and not item["prompt"][tokens:].any()
+        assert clips.relevance is not None and torch.equal(clips.relevance[number], item["relevance"])
+        assert item["relevance"].any(1).all() and not item["relevance"][:, tokens:].any()
+        assert clips.scripts is not None and torch.equal(render(clips.scripts[number]), item["frames"])
 
 
 def test_the_encoder_that_ships_knows_every_word_of_the_grammar() -> None:

@@ -85,6 +85,15 @@ def test_correlation_equals_its_definition() -> None:
         assert scores[0, 1, y, x].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+def test_the_share_is_of_what_is_expected_from_a_frame_on() -> None:
+    expected = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    found = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    score = Presence(expected, found)
+    assert score.share == score.share_from(0) == pytest.approx(3 / 6)
+    assert score.share_from(1) == pytest.approx(2 / 4) and score.share_from(2) == pytest.approx(2 / 3)
+    assert score.share_from(3) == 0, "nothing is expected any more"
+
+
 def test_a_video_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="24 frames, the video 23"):
         presence(frames_of(SCRIPTS[0])[:23], SCRIPTS[0])

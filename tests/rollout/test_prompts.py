@@ -20,7 +20,7 @@ from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.noise import chunk_noise
 from fastar.rollout.rollout import Rollout
-from tests.small import configs
+from tests.small import configs, text_backbone
 
 CHUNK, GRID, TEXT, WIDTH = 3, (4, 6), 24, 48
 SHAPE = (16, 8, 12)
@@ -28,14 +28,7 @@ SHAPE = (16, 8, 12)
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    """The tiny stand-in for Wan, with a text stream; no parameter is zero."""
-    torch.manual_seed(0)
-    made: Backbone = instantiate(configs("backbone")["tiny_text"])
-    with torch.no_grad():
-        for parameter in made.transformer.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    made.transformer.eval()
-    return made
+    return text_backbone()
 
 
 def prompts(*lengths: int, seed: int = 0) -> Prompts:

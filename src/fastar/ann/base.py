@@ -8,6 +8,7 @@ problems side by side, usually batch x heads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -67,3 +68,17 @@ def seeded_normal(seed: int, *shape: int, like: Tensor) -> Tensor:
     """Standard normal numbers that depend on the seed and the shape only, on the device and in the dtype of `like`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(like)
+
+
+def seeded_planes(seed: int, rows: int, columns: int, *, like: Tensor) -> Tensor:
+    """`seeded_normal` of a few numbers that are wanted again and again: the last are kept, and must not be written to.
+
+    A copy to the GPU in every call would make the host wait.
+    """
+    return _planes(seed, rows, columns, like.dtype, like.device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # for callers of either mode
+def _planes(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return seeded_normal(seed, rows, columns, like=torch.empty(0, dtype=dtype, device=device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastar.ann.base import Bucketizer, Matcher, Metric, check_features, seeded_normal
+from fastar.ann.base import Bucketizer, Matcher, Metric, check_features, seeded_planes
 from fastar.ann.exact import no_match
 
 
@@ -47,7 +47,7 @@ class LSHMatcher(Matcher):
         if keys.shape[1] == 0 or queries.shape[1] == 0:
             return no_match(queries)
         centre = _mean(keys, valid)
-        planes = seeded_normal(self.seed, keys.shape[2], self.tables * self.bits, like=keys)
+        planes = seeded_planes(self.seed, keys.shape[2], self.tables * self.bits, like=keys)
         key_signs = self._signs(keys - centre, planes)
         # q.k ranks keys as q.(k - centre) does: only a distance moves the queries too
         query_signs = self._signs(queries - centre if metric == "euclidean" else queries, planes)
@@ -93,7 +93,7 @@ class LSHBucketizer(Bucketizer):
 
     def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         check_features(queries, keys)
-        planes = seeded_normal(self.seed, keys.shape[2], self.bits, like=keys)
+        planes = seeded_planes(self.seed, keys.shape[2], self.bits, like=keys)
         centred = ((queries, self.centre_queries), (keys, self.centre))
         sides = [x - x.mean(1, keepdim=True) if centre else x for x, centre in centred]
         return codes_of(sides[0] @ planes), codes_of(sides[1] @ planes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastar.ann.base import Bucketizer, Matcher, Metric, check_features, seeded_normal
+from fastar.ann.base import Bucketizer, Matcher, Metric, check_features, seeded_planes
 from fastar.ann.exact import ExactMatcher
 
 
@@ -54,7 +54,7 @@ class QuantizedBucketizer(Bucketizer):
 
     def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         check_features(queries, keys)
-        projection = seeded_normal(self.seed, keys.shape[2], self.dims, like=keys).float()
+        projection = seeded_planes(self.seed, keys.shape[2], self.dims, like=keys).float()
         sides = [
             ((x - x.mean(1, keepdim=True)).float() @ projection).mT.contiguous() for x in (queries, keys)
         ]

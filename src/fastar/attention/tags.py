@@ -65,8 +65,8 @@ class PromptTags:
             queries: tokens of the current chunk; its keys come last.
         """
         source = layer if self.selector.tag_layer is None else self.selector.tag_layer
-        if context.first_frame != self._first_frame:
-            return None, None
+        if context.first_frame != self._first_frame or context.kind == PassKind.REWRITE:
+            return None, None  # frames that are rewritten start afresh, maybe under another prompt
         earlier = [s for s in self._current if context.kind != PassKind.DENOISE or s < context.step]
         own = self._current[max(earlier)].get(source) if earlier else None
         if own is None:

@@ -25,11 +25,12 @@ class Selection:
     keep: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
     given: Tensor  # the keys that it was made of
     prompt: PromptKeys
     v: Tensor
+    width: int | None = None  # tokens to keep room for, once it is known that it stays
 
 
 class TextStream:
@@ -61,7 +62,9 @@ class TextStream:
             keep = keep | ~prompt.real
             if prompt.log_count is not None:
                 keep = keep & (prompt.log_count > -torch.inf)
-        short_k, short_v, log_count = compact(prompt.k, entry.v, keep, prompt.log_count)
+        short_k, short_v, log_count = compact(prompt.k, entry.v, keep, prompt.log_count, width=entry.width)
+        if keep is not None and self.selector.keeps_as_many:
+            entry.width = short_k.shape[2]  # counting makes the host wait
         return short_k, short_v, log_count, Selection(prompt, keep)
 
 

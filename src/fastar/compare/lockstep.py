@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastar import interruption
-from fastar.attention.tags import CommittedTags
 from fastar.compare.clips import AnyClips
 from fastar.compare.free import Advance
 from fastar.compare.scores import Scorer
@@ -53,8 +52,6 @@ def run_a(
     }
     for name, student in students.items():
         scorers[name].started(student)
-        if student.state.tags is not None:  # the students' committed tokens are the teacher's
-            teacher.state.recorders.append(CommittedTags(student.state.tags))
     probe, look_at = None, evenly(clips.prefill, trajectory.shape[1], session.chunk, attention_chunks)
     if look_at:
         probe = AttentionProbe({name: student.state for name, student in students.items()})

@@ -22,15 +22,10 @@ class FillRecorder:
         plan = event.plan
         if plan is None or plan.bucket_pairs is None:
             return
-        cached = plan.executed_pairs() - plan.num_queries * event.context.num_frames * self._a_frame(event)
-        self._fills.append((plan.bucket_pairs / torch.where(cached > 0, cached, torch.nan)).nanmean(1))
+        cached = plan.executed_pairs() - plan.num_queries**2  # the queries are the current chunk
+        self._fills.append(plan.bucket_pairs / torch.where(cached > 0, cached, torch.nan))
 
     def scores(self) -> dict[str, list[float]]:
         """`block_fill`, one number a video, of the calls since the last time; empty if no plan had buckets."""
         found, self._fills = self._fills, []
-        return {"block_fill": torch.stack(found).nanmean(0).tolist()} if found else {}
-
-    @staticmethod
-    def _a_frame(event: AttendEvent) -> int:
-        """Tokens of a frame: the queries are the current chunk."""
-        return event.q.shape[2] // event.context.num_frames
+        return {"block_fill": torch.stack(found).nanmean((0, 2)).tolist()} if found else {}

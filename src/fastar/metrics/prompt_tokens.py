@@ -69,7 +69,7 @@ class PromptRecorder:
         """The measures of the chunk since the last call, one number a video; forgets them."""
         if self._chunk is not None and not self._calls:
             self._read_all(*self._chunk)
-        found = {name: torch.stack(values).nanmean(0).tolist() for name, values in self._calls.items()}
+        found = {name: torch.stack(values).nanmean((0, 2)).tolist() for name, values in self._calls.items()}
         found |= {name: values.tolist() for name, values in self._of_any()}
         self._calls, self._read, self._chunk, self._reads = {}, {}, None, []
         return found
@@ -97,13 +97,14 @@ class PromptRecorder:
         if self.relevance is None:
             return None
         first = event.context.first_frame
-        frames = self.relevance[:, first : first + event.context.num_frames].to(event.q.device)
+        self.relevance = self.relevance.to(event.q.device)  # once
+        frames = self.relevance[:, first : first + event.context.num_frames]
         relevant = frames.any(1)[:, None].expand(-1, event.q.shape[1], -1)
         return relevant if tokens is None else relevant.gather(2, tokens)
 
     def _add(self, name: str, values: Tensor) -> None:
         """One call's values [B, H]."""
-        self._calls.setdefault(name, []).append(values.nanmean(1))
+        self._calls.setdefault(name, []).append(values)
 
 
 def _of_tokens(slots: Tensor, tokens: Tensor | None) -> Tensor:

@@ -100,9 +100,12 @@ def _check_text(
             f"the method '{method}' selects by a prompt and the backbone '{backbone}' reads none: use one that does, "
             "such as backbone=scenes (debug=tiny_text instead of debug=tiny)"
         )
-    asked = cross_selector.tag_layer
-    if asked is not None and not 0 <= asked < sizes.num_layers:
-        raise ValueError(
-            f"tag_layer={asked} of the method '{method}': the backbone '{backbone}' has layers 0 to "
-            f"{sizes.num_layers - 1}"
-        )
+    tag_layer, score_layers = cross_selector.tag_layer, sorted(cross_selector.score_layers or ())
+    asked = {"tag_layer": [] if tag_layer is None else [tag_layer], "score_layers": score_layers}
+    for name, layers in asked.items():
+        for layer in layers:
+            if not 0 <= layer < sizes.num_layers:
+                raise ValueError(
+                    f"{name} of the method '{method}' asks for layer {layer}: the backbone '{backbone}' has layers 0 "
+                    f"to {sizes.num_layers - 1}"
+                )

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastar.attention.tags import CommittedTags
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
 from fastar.rollout.rollout import Rollout
 
@@ -107,8 +108,12 @@ def lockstep_a(
     (first frame of the chunk, method, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on. Chunks
     that start at a frame of `look_at` are then denoised by the teacher, with the `probe` among its recorders active.
     The first `done` chunks are committed and not denoised: only commits change a cache, so what follows is the same.
+    Prompt buckets of committed tokens are the teacher's, too.
     """
     step = teacher.loop.chunk_frames
+    for student in students.values():
+        if student.state.tags is not None:
+            teacher.state.recorders.append(CommittedTags(student.state.tags))
     following = replay(teacher, trajectory, actions, start, done)
     for first in range(following, trajectory.shape[1], step):
         part = slice(first, first + step)
@@ -132,10 +137,13 @@ def lockstep_b(
 ) -> Iterator[tuple[int, Tensor]]:
     """Protocol B: yields (first frame, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on.
 
-    The first `done` chunks are committed and not denoised, as in `lockstep_a`.
+    The first `done` chunks are committed and not denoised, as in `lockstep_a`, unless a selector is on in commit
+    passes: what it does there may hang on the passes before.
     """
     step = rollout.loop.chunk_frames
-    following = replay(rollout, trajectory, actions, start, done)
+    selectors = (rollout.state.self_selector, rollout.state.cross_selector)
+    again = not all(selector.commit_dense for selector in selectors)
+    following = replay(rollout, trajectory, actions, start, done, denoised=again)
     for first in range(following, trajectory.shape[1], step):
         part = slice(first, first + step)
         chunk_actions = None if actions is None else actions[:, part]
@@ -143,12 +151,26 @@ def lockstep_b(
         rollout.commit(trajectory[:, part], chunk_actions)
 
 
-def replay(rollout: Rollout, trajectory: Tensor, actions: Tensor | None, start: int, done: int) -> int:
-    """Commit the true history of `start` frames and the `done` chunks after it; the frame that comes next."""
+def replay(
+    rollout: Rollout,
+    trajectory: Tensor,
+    actions: Tensor | None,
+    start: int,
+    done: int,
+    *,
+    denoised: bool = False,
+) -> int:
+    """Commit the true history of `start` frames and the `done` chunks after it; the frame that comes next.
+
+    With `denoised` each of these chunks is denoised, too, before it is committed.
+    """
     step = rollout.loop.chunk_frames
     rollout.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
     following = start + done * step
     for first in range(start, following, step):
         part = slice(first, first + step)
-        rollout.commit(trajectory[:, part], None if actions is None else actions[:, part])
+        chunk_actions = None if actions is None else actions[:, part]
+        if denoised:
+            rollout.denoise(chunk_actions)
+        rollout.commit(trajectory[:, part], chunk_actions)
     return following

@@ -136,11 +136,15 @@ class CrossSelector(Scheduled, ABC):
             changes nothing but the work (`merge_identical`).
         tags_tokens: whether `tag` gives prompt buckets to latent tokens.
         tag_layer: the layer whose tags serve all layers; None: each layer has its own.
+        score_layers: the layers that decide for all; None: all, or each for itself.
+        keeps_as_many: whether every choice from a prompt keeps the same number of tokens.
     """
 
     padding: Padding = "attended"
     tags_tokens = False
     tag_layer: int | None = None
+    score_layers: frozenset[int] | None = None
+    keeps_as_many = False
 
     def observe(self, layer: int, context: PassContext, q: Tensor, prompt: PromptKeys) -> None:
         """Sees every call of cross-attention, dense ones too, before `select` is asked. q [B, H, Lq, D]."""
@@ -161,18 +165,22 @@ class ChunkMemo(Generic[Built]):
     """Remembers, per layer, what was built for the current chunk, for reuse in its later steps."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[tuple[int, ...], int, Built]] = {}
+        self._entries: dict[int, tuple[tuple[PassKind | int, ...], int, Built]] = {}
 
     def get(self, layer: int, context: PassContext, *sizes: int) -> Built | None:
         """What an earlier step of this chunk stored for this layer and sizes, or None."""
         entry = self._entries.get(layer)
-        if entry is None or entry[0] != (context.first_frame, *sizes) or context.step <= entry[1]:
+        if (
+            entry is None
+            or entry[0] != (context.kind, context.first_frame, *sizes)
+            or context.step <= entry[1]
+        ):
             return None  # the same step again means that the chunk was started over
         return entry[2]
 
     def put(self, layer: int, context: PassContext, *sizes: int, built: Built) -> None:
         """Replace the layer's entry."""
-        self._entries[layer] = ((context.first_frame, *sizes), context.step, built)
+        self._entries[layer] = ((context.kind, context.first_frame, *sizes), context.step, built)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from fastar.ann.base import Matcher, seeded_normal
+from fastar.ann.base import Matcher, seeded_planes
 from fastar.ann.lsh import check_bits, codes_of
 from fastar.ann.quantized import quantize
 from fastar.engines.reference import attention_weights
@@ -68,7 +68,7 @@ class LSHCounts(TokenScorer):
 
     def score(self, q: Tensor, prompt: PromptKeys) -> Tensor:
         keys = prompt.k - mean_of_real(prompt).to(prompt.k.dtype)
-        planes = seeded_normal(self.seed, q.shape[-1], self.tables * self.bits, like=q)
+        planes = seeded_planes(self.seed, q.shape[-1], self.tables * self.bits, like=q)
         query_codes, key_codes = (self._codes(x, planes) for x in (q, keys))
         size = 2**self.bits
         # whole numbers: the order of a racing scatter cannot matter
@@ -92,8 +92,10 @@ class NearestVotes(TokenScorer):
         self.matcher = matcher
 
     def score(self, q: Tensor, prompt: PromptKeys) -> Tensor:
+        # in float32: logits of bfloat16 tie. Matchers may take keys about their mean, which padding would drag along
+        keys = torch.where(prompt.real[..., None], prompt.k.float(), mean_of_real(prompt))
         nearest, _ = self.matcher.nearest(
-            q.flatten(0, 1), prompt.k.flatten(0, 1), valid=prompt.real.flatten(0, 1), metric="dot"
+            q.float().flatten(0, 1), keys.flatten(0, 1), valid=prompt.real.flatten(0, 1), metric="dot"
         )
         found = nearest.unflatten(0, q.shape[:2])
         votes = torch.zeros(prompt.real.shape, device=q.device, dtype=torch.int32)
@@ -112,8 +114,8 @@ class RandomScores(TokenScorer):
         self.seed = seed
 
     def score(self, q: Tensor, prompt: PromptKeys) -> Tensor:
-        order = seeded_normal(self.seed, prompt.k.shape[2], 1, like=prompt.k)[:, 0].float()
-        return order.expand(prompt.real.shape)
+        order = seeded_planes(self.seed, prompt.k.shape[2], 1, like=prompt.k[..., :0].float())
+        return order[:, 0].expand(prompt.real.shape)
 
 
 def mean_of_real(prompt: PromptKeys) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
+from fastar.engines.plan import inverse_order
 from fastar.sparsity.base import (
     PADDINGS,
     CrossSelector,
@@ -29,17 +30,20 @@ class RankedCA(CrossSelector):
     With `scope=layer` a layer decides for itself: in every pass by that pass's own queries, or by those of the chunk's
     first pass (`rebuild=chunk`). With `scope=prompt` one decision serves all layers and heads, by the scores of
     `score_layers` added up over heads: those of the chunk's first pass, or of the pass before. It costs a pass nothing
-    that the decision came earlier; the first pass of a chunk reads all tokens then, whatever the schedule.
+    that the decision came earlier; the first pass of a chunk reads all tokens then, whatever the schedule, and so do
+    prefill and rewrite passes, which no other goes before. A commit pass is the last of its chunk.
 
     Args:
         scorer: of tokens; `ExactMass` with `scope=layer, rebuild=pass` is the oracle.
-        share: of the real tokens, in (0, 1]; rounded up.
+        share: of the real tokens, in (0, 1]; rounded up. As many are kept in every call.
         scope, rebuild: see above.
         score_layers: layers whose scores count in `scope=prompt`: those in which words matter; None: all.
         shared_heads: with `scope=layer`, add up the scores of the heads and decide for all of them.
         padding: see `CrossSelector`.
         layers, warmup_share, min_dense_steps, commit_dense: see `Scheduled`.
     """
+
+    keeps_as_many = True
 
     def __init__(
         self,
@@ -59,6 +63,8 @@ class RankedCA(CrossSelector):
         check_choice("padding", padding, PADDINGS)
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share is of the prompt's tokens, in (0, 1], got {share}")
+        if score_layers is not None and not score_layers:
+            raise ValueError("score_layers names no layer: name those whose scores count, or null for all")
         self.scorer, self.share, self.scope, self.rebuild = scorer, share, scope, rebuild
         self.score_layers = None if score_layers is None else frozenset(score_layers)
         self.shared_heads, self.padding = shared_heads, padding
@@ -104,7 +110,9 @@ class RankedCA(CrossSelector):
 
     def _decided(self, context: PassContext) -> dict[int, Tensor]:
         """Scores of an earlier pass of this chunk, by layer; empty if there is none."""
-        if context.kind != PassKind.DENOISE:
+        if context.kind in (PassKind.PREFILL, PassKind.REWRITE):
+            return {}  # the prompt may have changed
+        if context.kind == PassKind.COMMIT:
             self._close(None)  # the last denoising step is over
         known = self._deciding is not None and self._deciding[0] == context.first_frame
         return self._scores if known else {}
@@ -112,8 +120,7 @@ class RankedCA(CrossSelector):
     def _close(self, following: tuple[int, int] | None) -> None:
         """The pass that went on is over, unless its chunk is started over by `following`."""
         past, self._going_on = self._going_on, following
-        starts_over = past is not None and following is not None and following[1] <= past[1]
-        if starts_over:
+        if following is not None and any(seen and following[1] <= seen[1] for seen in (past, self._deciding)):
             self._deciding, self._scores = None, {}
         elif past is not None and self._gathered:
             self._deciding, self._scores = past, self._gathered
@@ -127,6 +134,4 @@ def best_share(scores: Tensor, real: Tensor, share: float) -> Tensor:
     """
     quota = (real.sum(-1, keepdim=True).double() * share - 1e-9).ceil()
     order = torch.argsort(scores.masked_fill(~real, -torch.inf), dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    rank = torch.empty_like(order).scatter_(-1, order, places.contiguous())
-    return (rank < quota) & real
+    return (inverse_order(order) < quota) & real

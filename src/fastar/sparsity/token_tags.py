@@ -29,9 +29,9 @@ class TokenTags(DenseCross):
 
     def tag(self, q: Tensor, prompt: PromptKeys) -> Tensor:
         logits = attention_logits(q, prompt.k).masked_fill(~prompt.real[:, :, None], -torch.inf)
-        if not self.shared_heads:
-            return logits.argmax(-1)
-        weights = (
-            logits.softmax(-1).nan_to_num().sum(1, keepdim=True)
-        )  # a prompt of padding alone has no tokens
-        return weights.argmax(-1).expand(-1, q.shape[1], -1).contiguous()
+        if self.shared_heads:
+            # a prompt of padding alone has no tokens
+            logits = logits.softmax(-1).nan_to_num().sum(1, keepdim=True).expand(logits.shape)
+        slots = logits.argmax(-1)
+        # tokens, not slots: in protocol A a teacher that merges nothing tags what its students have cached
+        return slots if prompt.tokens is None else prompt.tokens.gather(2, slots)

@@ -170,7 +170,7 @@ class CausalWanTransformer(nn.Module):
             raise ValueError(
                 f"poses must be one row of three per frame, {(*latents.shape[:2], 3)}, got {tuple(poses.shape)}."
             )
-        if isinstance(text, tuple):
+        if isinstance(text, tuple) and config.text_dim is not None:
             if len(text) != config.num_layers:
                 raise ValueError(
                     f"projected text must be of {config.num_layers} layers, got {len(text)}: use project_text."
@@ -178,11 +178,11 @@ class CausalWanTransformer(nn.Module):
         else:
             self._check_text(text)
 
-    def _check_text(self, text: Tensor | None) -> None:
+    def _check_text(self, text: Tensor | ProjectedText | None) -> None:
         text_dim = self.config.text_dim
         if (text is None) != (text_dim is None):
             raise ValueError(f"Pass text exactly when the backbone reads it: text_dim is {text_dim}.")
-        if text is not None and (text.dim() != 3 or text.shape[-1] != text_dim):
+        if isinstance(text, Tensor) and (text.dim() != 3 or text.shape[-1] != text_dim):
             raise ValueError(f"text must be [batch, tokens, {text_dim}], got {tuple(text.shape)}.")
 
     def _embed_time(self, timesteps: Tensor, actions: Tensor | None) -> Tensor:
