@@ -1,0 +1,84 @@
+"""The picture of the words: what is logged of a prompt, and what is drawn of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastar.compare import words
+from fastar.compare.clips import Clips
+from fastar.data.scenes.truth import PhraseTokens
+
+
+@pytest.fixture
+def clips() -> Clips:
+    """Two clips of eight frames, one of which has phrases; tokens 0 and 1 matter first, token 3 later."""
+    relevance = torch.zeros(2, 8, 6, dtype=torch.bool)
+    relevance[0, :4, :2], relevance[0, 4:, 3] = True, True
+    phrases = (
+        PhraseTokens(0, "a small owl rests", (0, 1)),
+        PhraseTokens(0, "the camera stays still", (2,)),
+        PhraseTokens(1, "a big pig goes up", (3, 4)),
+    )
+    frames, actions = torch.zeros(2, 8, 96, 128, 3, dtype=torch.uint8), torch.zeros(2, 8, dtype=torch.long)
+    return Clips(frames, actions, 0, relevance=relevance, phrases=(phrases, phrases))
+
+
+def test_a_chunk_is_logged_phrase_by_phrase(clips: Clips, tmp_path: Path) -> None:
+    read = torch.tensor([[1.0, 0.5, 0.0, 0.25, 0.25, 9.0], [0.0] * 6])
+    words.keep(tmp_path, clips, 0, 4, read)
+    words.keep(tmp_path, clips, 4, 4, None)
+    first, second = words.read_log(tmp_path / words.LOG)
+    assert [phrase["read"] for phrase in first["phrases"]] == [0.75, 0.0, 0.25]
+    assert [phrase["matters"] for phrase in first["phrases"]] == [True, False, False]
+    assert [phrase["read"] for phrase in second["phrases"]] == [1, 1, 1], "nothing was left out"
+    assert [phrase["matters"] for phrase in second["phrases"]] == [False, False, True]
+    assert (second["frame"], second["phrases"][2]["shot"], second["phrases"][2]["text"]) == (
+        4, 1, "a big pig goes up",
+    )  # fmt: skip
+
+
+def test_chunks_done_twice_and_lines_cut_short_do_not_matter(clips: Clips, tmp_path: Path) -> None:
+    words.keep(tmp_path, clips, 4, 4, torch.zeros(2, 6))
+    words.keep(tmp_path, clips, 0, 4, torch.zeros(2, 6))
+    words.keep(tmp_path, clips, 4, 4, torch.ones(2, 6))
+    with (tmp_path / words.LOG).open("a") as file:
+        file.write('{"frame": 8, "phr')
+    chunks = words.read_log(tmp_path / words.LOG)
+    assert [chunk["frame"] for chunk in chunks] == [0, 4]
+    assert [chunk["phrases"][0]["read"] for chunk in chunks] == [0, 1]
+
+
+def test_clips_without_a_script_log_nothing(clips: Clips, tmp_path: Path) -> None:
+    words.keep(tmp_path, Clips(clips.frames, clips.actions, 0), 0, 4, None)
+    assert not (tmp_path / words.LOG).exists()
+
+
+@pytest.mark.parametrize("with_video", [False, True])
+def test_the_picture_shows_what_was_read(clips: Clips, tmp_path: Path, with_video: bool) -> None:
+    """The field of a phrase that was read is dark, that of one that was not is nearly white."""
+    words.keep(tmp_path, clips, 0, 8, torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]] * 2))
+    video = torch.full((8, 96, 128, 3), 200, dtype=torch.uint8) if with_video else None
+    chunks = words.read_log(tmp_path / words.LOG)
+    path = words.draw(chunks, tmp_path / "words.png", title="some method", video=video)
+    picture = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).int()
+    column = picture[:, 700]  # through the middle of the fields
+    dark = ((column - torch.tensor([8, 48, 107])).abs().sum(1) < 12).sum()
+    light = ((column - torch.tensor([247, 251, 255])).abs().sum(1) < 12).sum()
+    assert 1.4 < light / dark < 2.6, "one phrase of three was read"
+
+
+def test_runs_that_read_all_are_not_drawn(clips: Clips, tmp_path: Path) -> None:
+    runs = []
+    for name, read in (("dense", None), ("ranked", torch.zeros(2, 6))):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "summary.json").write_text(json.dumps({"run_id": name, "status": "done", "labels": {}}))
+        words.keep(run, clips, 0, 8, read)
+        runs.append(run)
+    drawn = words.draw_all(tmp_path, runs, {"dense": "dense", "ranked": "ranked_lsh"})
+    assert drawn == {"words_ranked_lsh": tmp_path / "words_ranked_lsh.png"}
+    assert drawn["words_ranked_lsh"].is_file()
