@@ -1,6 +1,8 @@
 """Experiments moved to another backbone by one override, and comparisons without pixels."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from fastar.compare import comparison, weights
 from fastar.compare.comparison import Comparison
 from fastar.compare.job import compare
+from fastar.compare.runs import ComparisonRuns
 from fastar.compare.session import open_session
 from fastar.compare.weights import random_backbone
 from fastar.results import load, load_runs
@@ -249,3 +252,14 @@ def test_wan_is_counted_as_large() -> None:
         node = compose("compare", overrides=[WAN]).backbone
     shapes = instantiate(node, device="meta").transformer
     assert sum(parameter.numel() for parameter in shapes.parameters()) == 1_418_996_800 >= weights.LARGE
+
+
+def test_the_text_encoder_counts_by_its_weights_wherever_it_lies(composed: Compose, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "checkpoints" / "minilm_scenes", tmp_path / "encoder")
+    found = []
+    for folder in (ROOT / "checkpoints" / "minilm_scenes", tmp_path / "encoder"):
+        config = composed("workload=scenes", f"data.encoder.folder={folder}")
+        found.append(ComparisonRuns(config, open_session(config), {}).shared(1))
+    assert found[0] == found[1] and str(tmp_path) not in str(found)
+    sha256 = json.loads((tmp_path / "encoder" / "config.json").read_text())["sha256"]
+    assert found[0]["data"]["encoder"] == sha256

@@ -37,6 +37,7 @@ UNKNOWN = "[UNK]"
 SPECIALS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = ascii_lowercase + digits + punctuation  # every cut knows them, each as a word of its own
 PIECES, WORDS = "vocab.txt", "words.txt"
+RECORD = frozenset({"sizes", PIECES, WORDS})  # what config.json holds besides the checksum of the weights
 MAKER = "scripts/text_encoder_cut.py"
 
 # What decides the shapes and the arithmetic of a BertModel; the rest of its config is about training or generation.
@@ -128,7 +129,7 @@ class TextEncoder:
         """
         _transformers()  # first, so that its absence is not taken for damage
         folder = Path(folder)
-        record = read_record(folder, keys={"sizes", PIECES, WORDS}, maker=MAKER)
+        record = read_record(folder, keys=RECORD, maker=MAKER)
         pieces, words = (_read_lines(folder / name, record[name]) for name in (PIECES, WORDS))
         sizes = record["sizes"]
         weights = read_weights(folder, checksum=record["sha256"], maker=MAKER)
@@ -280,6 +281,15 @@ class TextEncoder:
         near = get_close_matches(word.lower(), self.words, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"see its {WORDS}"
         return f"the text encoder was cut to {len(self.words)} words and {word!r} is none of them; {hint}"
+
+
+def checksum_of(folder: str | Path) -> str:
+    """sha256 of the weights of the cut in `folder`: its name, wherever it lies.
+
+    Raises:
+        FileNotFoundError, ValueError: as `TextEncoder.load`.
+    """
+    return str(read_record(Path(folder), keys=RECORD, maker=MAKER)["sha256"])
 
 
 def _words_of(encoding: Any) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -7,6 +7,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from fastar.backbones.text import checksum_of
 from fastar.compare import methods as method_nodes
 from fastar.compare.session import Session
 from fastar.results import Run, RunStore, run_id
@@ -78,6 +79,8 @@ class ComparisonRuns:
         """What decides the numbers besides method, protocol, seeds and weights."""
         config = self.config
         data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
+        if data.get("encoder"):  # whatever folder it lies in
+            data["encoder"] = checksum_of(data["encoder"]["folder"])
         return {
             "source": config.source,
             "data": {key: value for key, value in data.items() if key not in OWN_LENGTHS},
