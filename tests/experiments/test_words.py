@@ -11,6 +11,7 @@ from PIL import Image
 from fastar.compare import words
 from fastar.compare.clips import Clips
 from fastar.data.scenes.truth import PhraseTokens
+from fastar.results.files import PROMPT
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_a_chunk_is_logged_phrase_by_phrase(clips: Clips, tmp_path: Path) -> Non
     read = torch.tensor([[1.0, 0.5, 0.0, 0.25, 0.25, 9.0], [0.0] * 6])
     words.keep(tmp_path, clips, 0, 4, read)
     words.keep(tmp_path, clips, 4, 4, None)
-    first, second = words.read_log(tmp_path / words.LOG)
+    first, second = words.read_log(tmp_path / PROMPT)
     assert [phrase["read"] for phrase in first["phrases"]] == [0.75, 0.0, 0.25]
     assert [phrase["matters"] for phrase in first["phrases"]] == [True, False, False]
     assert [phrase["read"] for phrase in second["phrases"]] == [1, 1, 1], "nothing was left out"
@@ -45,16 +46,16 @@ def test_chunks_done_twice_and_lines_cut_short_do_not_matter(clips: Clips, tmp_p
     words.keep(tmp_path, clips, 4, 4, torch.zeros(2, 6))
     words.keep(tmp_path, clips, 0, 4, torch.zeros(2, 6))
     words.keep(tmp_path, clips, 4, 4, torch.ones(2, 6))
-    with (tmp_path / words.LOG).open("a") as file:
+    with (tmp_path / PROMPT).open("a") as file:
         file.write('{"frame": 8, "phr')
-    chunks = words.read_log(tmp_path / words.LOG)
+    chunks = words.read_log(tmp_path / PROMPT)
     assert [chunk["frame"] for chunk in chunks] == [0, 4]
     assert [chunk["phrases"][0]["read"] for chunk in chunks] == [0, 1]
 
 
 def test_clips_without_a_script_log_nothing(clips: Clips, tmp_path: Path) -> None:
     words.keep(tmp_path, Clips(clips.frames, clips.actions, 0), 0, 4, None)
-    assert not (tmp_path / words.LOG).exists()
+    assert not (tmp_path / PROMPT).exists()
 
 
 @pytest.mark.parametrize("with_video", [False, True])
@@ -62,7 +63,7 @@ def test_the_picture_shows_what_was_read(clips: Clips, tmp_path: Path, with_vide
     """The field of a phrase that was read is dark, that of one that was not is nearly white."""
     words.keep(tmp_path, clips, 0, 8, torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]] * 2))
     video = torch.full((8, 96, 128, 3), 200, dtype=torch.uint8) if with_video else None
-    chunks = words.read_log(tmp_path / words.LOG)
+    chunks = words.read_log(tmp_path / PROMPT)
     path = words.draw(chunks, tmp_path / "words.png", title="some method", video=video)
     picture = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).int()
     column = picture[:, 700]  # through the middle of the fields

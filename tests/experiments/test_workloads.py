@@ -263,3 +263,18 @@ def test_the_text_encoder_counts_by_its_weights_wherever_it_lies(composed: Compo
     assert found[0] == found[1] and str(tmp_path) not in str(found)
     sha256 = json.loads((tmp_path / "encoder" / "config.json").read_text())["sha256"]
     assert found[0]["data"]["encoder"] == sha256
+
+
+def test_the_scenes_demo_finds_the_words_and_draws_them(composed: Compose, tmp_path: Path) -> None:
+    """The shipped model: with a quarter of its prompt, chosen by co-occupancy or at random."""
+    short = ["frames=8", "protocols=[A]", "method=[dense,ranked_lsh,random_tokens]", "threads=1"]
+    compare(composed("experiment=scenes_demo", *short))
+    rows = load(tmp_path / "scenes_demo")
+    for metric in ("prompt_recall", "prompt_mass", "psnr"):
+        found = {name: values(rows, metric, method=name).mean() for name in ("ranked_lsh", "random_tokens")}
+        assert found["ranked_lsh"] > found["random_tokens"], metric
+    shares = values(rows, "prompt_share", method="ranked_lsh")
+    assert (shares < 0.26).all() and (values(rows, "prompt_share", method="dense") == 1).all()
+    assert values(rows, "presence", method="dense").min() > 0.5
+    pictures = sorted(path.name for path in tmp_path.glob("scenes_demo/report*/words_*.png"))
+    assert pictures == ["words_random_tokens.png", "words_ranked_lsh.png"]

@@ -1,4 +1,7 @@
-"""A picture of which phrases of a prompt a method reads, frame by frame, and which ones matter."""
+"""A picture of which phrases of a prompt a method reads, frame by frame, and which ones matter.
+
+It is drawn from prompt.jsonl of a run's folder: of its first clip, a line a chunk.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,7 @@ from torch import Tensor
 
 from fastar.compare.clips import Clips
 from fastar.data.video import read_mp4
-from fastar.results.files import read_summary
-
-LOG = "prompt.jsonl"
-"""In a run's folder, of its first clip: a line a chunk with its first frame, and the share read of each phrase."""
+from fastar.results.files import PROMPT, read_summary
 
 
 def keep(folder: Path, clips: Clips, first: int, frames: int, read: Tensor | None) -> None:
@@ -33,7 +33,7 @@ def keep(folder: Path, clips: Clips, first: int, frames: int, read: Tensor | Non
         }
         for phrase in clips.phrases[0]
     ]
-    with (folder / LOG).open("a", encoding="utf-8") as file:
+    with (folder / PROMPT).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"frame": first, "frames": frames, "phrases": phrases}) + "\n")
 
 
@@ -45,9 +45,9 @@ def draw_all(folder: Path, runs: Sequence[Path], names: Mapping[str, str]) -> di
     found = {}
     for run in runs:
         summary = read_summary(run)
-        if summary is None or not (run / LOG).exists():
+        if summary is None or not (run / PROMPT).exists():
             continue
-        chunks = read_log(run / LOG)
+        chunks = read_log(run / PROMPT)
         if all(phrase["read"] == 1 for chunk in chunks for phrase in chunk["phrases"]):
             continue  # dense: nothing to see
         name = f"words_{names[summary['run_id']]}"

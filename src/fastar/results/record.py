@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastar.results.files import SUMMARY, TABLE, atomic, read_summary
+from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, read_summary
 from fastar.results.loading import find_runs
 
 
@@ -32,7 +32,7 @@ def record_runs(pattern: str | Path | Sequence[str | Path], target: Path) -> lis
         ):
             continue
         copy.mkdir(parents=True, exist_ok=True)
-        for name in (TABLE, SUMMARY):  # the summary last: it says that the table is complete
+        for name in (PROMPT, TABLE, SUMMARY):  # the summary last: it says that the table is complete
             if (run / name).exists():
                 with atomic(copy / name) as part:
                     shutil.copyfile(run / name, part)
