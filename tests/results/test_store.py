@@ -106,7 +106,7 @@ def test_completion_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Killed at any write of `complete`, the run is still unfinished and its rows are still there."""
     import fastar.results.run as store
 
-    def die(*_: Any) -> None:
+    def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     run = opened(tmp_path)

@@ -35,7 +35,10 @@ SPEED = (
     "speedup/dense/steady",
 )  # fmt: skip
 TABLES = {"quality": QUALITY, "words of the prompt": PROMPT, "memory and work": MEMORY, "speed": SPEED}
-SUMMARY = ("byte_share/end", "slot_share/end", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall")
+SUMMARY = (
+    "byte_share/end", "slot_share/end", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall", "prompt_share",
+    "prompt_recall", "presence",
+)  # fmt: skip
 COMPARED = ("psnr", "revisit_psnr")
 DENSE, TO_DENSE = "dense", "psnr"
 AT_END = ("cache_bytes", "byte_share", "slot_share")
@@ -136,6 +139,7 @@ def write_report(
     here = _at_budget(rows, budget_share)
     colours = colours_of(methods)
     _add_plots(report, rows, here, colours)
+    _add_prompt_plots(report, here)
     _add_ablations(report, here, varied)
     _add_videos(report, known, names, seed, budget_share)
     report.images |= words.draw_all(report.folder, known, names)
@@ -272,6 +276,22 @@ def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: 
                 )  # fmt: skip
 
 
+def _add_prompt_plots(report: Report, rows: pd.DataFrame) -> None:
+    """What is kept of quality, attention and truth against the share of the prompt that is read, if that differs."""
+    for protocol, meaning, part in _protocols(rows):
+        selecting = part[part["variant_of"] != DENSE]
+        shares = selecting.loc[selecting["metric"] == PROMPT[0], "value"].dropna()
+        if not (shares < 1).any():
+            continue
+        for metric in (TO_DENSE, "prompt_recall", "prompt_mass", "presence"):
+            if selecting.loc[selecting["metric"] == metric, "value"].notna().any():
+                name = f"words_{metric}_{protocol}"
+                report.images[name] = plot_frontier(
+                    selecting, PROMPT[0], metric, report.folder / f"{name}.png",
+                    index="variant_of", setting="method", title=meaning,
+                )  # fmt: skip
+
+
 def _add_ablations(report: Report, here: pd.DataFrame, varied: Mapping[str, Mapping[str, Any]]) -> None:
     """Quality and cost against each setting in which runs of a method differ, a line for each of the other settings."""
     for setting in dict.fromkeys(name for settings in varied.values() for name in settings):
@@ -283,6 +303,8 @@ def _add_ablations(report: Report, here: pd.DataFrame, varied: Mapping[str, Mapp
         curve = here["variant_of"] + here["run_id"].map(others)
         rows = here.assign(curve=curve, **{setting: here[setting].where(varies)})
         for protocol, meaning, part in _protocols(rows):
+            capped = (part["metric"] == TO_DENSE) & (part["variant_of"] == DENSE)
+            part = part[~capped]
             for metric in ABLATED:
                 if part.loc[part["metric"] == metric, "value"].notna().any():
                     name = f"{setting}_{metric.replace('/', '_')}_{protocol}"

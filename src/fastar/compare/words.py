@@ -17,6 +17,7 @@ from torch import Tensor
 from fastar.compare.clips import Clips
 from fastar.data.video import read_mp4
 from fastar.results.files import PROMPT, read_summary
+from fastar.results.plots import save_figure
 
 
 def keep(folder: Path, clips: Clips, first: int, frames: int, read: Tensor | None) -> None:
@@ -101,7 +102,7 @@ def draw(chunks: Sequence[Mapping[str, Any]], path: Path, *, title: str, video: 
     rows[0].set_title(
         f"{title}: what it reads of the prompt; in orange frames, what the video shows", fontsize=10
     )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     return path
 
 

@@ -239,7 +239,7 @@ class Run:
         if not (self.folder / ROWS).exists():
             raise RuntimeError(f"{self.folder / ROWS} was removed while the run was working: run it again")
         with self._writing(), atomic(self.folder / TABLE) as part:
-            pq.write_table(to_table(self.rows()), part)
+            pq.write_table(to_table(self.rows()), part, compression="zstd", compression_level=19)
         # From here on the table is complete; the status says so last, and only then is the working copy removed.
         self._close("done")
         self._tidy()
