@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from fastar.compare.command import clear_errors
 from fastar.compare.job import compare
 from fastar.compare.recorded import report
-from fastar.compare.report import minus_dense
+from fastar.compare.report_plots import minus_dense
 from fastar.results import load_runs
 from fastar.results.record import record_runs
 from tests.experiments.conftest import command

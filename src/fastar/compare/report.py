@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fastar.compare import words
+from fastar.compare import report_plots, words
 from fastar.compare.caption import check_alike, describe, span
+from fastar.compare.report_plots import DENSE, TO_DENSE, protocols
 from fastar.compare.variants import settings_of, variant_names
 from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
 from fastar.results import load
 from fastar.results.files import read_summary, write_json
-from fastar.results.plots import colours_of, plot_curves, plot_frontier, plot_setting
+from fastar.results.plots import colours_of
 from fastar.results.sinks import Sink
 from fastar.results.tables import differences, failures, pivot, spread, to_markdown, to_rich
 
@@ -40,18 +41,7 @@ SUMMARY = (
     "prompt_recall", "presence",
 )  # fmt: skip
 COMPARED = ("psnr", "revisit_psnr")
-DENSE, TO_DENSE = "dense", "psnr"
 AT_END = ("cache_bytes", "byte_share", "slot_share")
-ABLATED = (
-    "psnr", "revisit_psnr", "latent_error", "recall", "slot_share/end", "density", "fps/steady", "prompt_share",
-    "prompt_recall",
-)  # fmt: skip
-
-PROTOCOLS = {
-    "A": "protocol A: dense past, the method only denoises",
-    "B": "protocol B: dense trajectory through the method's own cache",
-    "C": "protocol C: free-running",
-}
 
 
 @dataclass
@@ -138,9 +128,9 @@ def write_report(
     _add_tables(report, rows, baseline)
     here = _at_budget(rows, budget_share)
     colours = colours_of(methods)
-    _add_plots(report, rows, here, colours)
-    _add_prompt_plots(report, here)
-    _add_ablations(report, here, varied)
+    report.images |= report_plots.costs(folder, rows, here, colours)
+    report.images |= report_plots.prompt_tokens(folder, here)
+    report.images |= report_plots.ablations(folder, here, varied)
     _add_videos(report, known, names, seed, budget_share)
     report.images |= words.draw_all(report.folder, known, names)
     _save_tables(report, rows)
@@ -177,7 +167,7 @@ def _at_end(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
-    for _, meaning, part in _protocols(rows):
+    for _, meaning, part in protocols(rows):
         for title, metrics in TABLES.items():
             stats = spread(part, index="line", metrics=metrics)
             if not stats.empty:
@@ -198,14 +188,6 @@ def _add_tables(report: Report, rows: pd.DataFrame, baseline: str) -> None:
             report.tables[f"protocol {protocol}: failed runs"] = failed.astype(str)
 
 
-def _protocols(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Each protocol's letter, meaning and rows; not C if it only served to make the dense trajectory."""
-    for protocol, meaning in PROTOCOLS.items():
-        part = rows[rows["protocol"] == protocol]
-        if len(part) and (part["method"].nunique() > 1 or rows["method"].nunique() == 1):
-            yield protocol, meaning, part
-
-
 def _save_tables(report: Report, rows: pd.DataFrame) -> None:
     text = [f"{report.caption}\n"]
     text += [f"\n**{title}**\n\n{to_markdown(table)}" for title, table in report.tables.items()]
@@ -219,7 +201,7 @@ def _save_summaries(report: Report, rows: pd.DataFrame, budget_share: float, bas
 
     summary_A.md and differences_A.md are at `budget_share`, summary_A_5.md at 5 %, and so on.
     """
-    for protocol, _, part in _protocols(rows):
+    for protocol, _, part in protocols(rows):
         for share in {budget_share, *part["budget_share"].dropna()}:
             here = _at_budget(part, share)
             name = protocol if share == budget_share else f"{protocol}_{100 * share:g}"
@@ -250,80 +232,6 @@ def _paired(rows: pd.DataFrame, baseline: str) -> pd.DataFrame | None:
 def _at_budget(rows: pd.DataFrame, share: float) -> pd.DataFrame:
     """Rows of methods with that budget, and of those that follow none."""
     return rows[rows["budget_share"].isna() | (rows["budget_share"] == share)]
-
-
-def _add_plots(report: Report, rows: pd.DataFrame, here: pd.DataFrame, colours: Mapping[str, str]) -> None:
-    free = here[here["protocol"] == "C"]
-    times = free[free["metric"] == "chunk_s"]
-    if times["frame"].nunique() > 1 and "C" in {letter for letter, *_ in _protocols(rows)}:
-        chunk = int(times["frame"].drop_duplicates().sort_values().diff().min())
-        rates = times.assign(metric="fps", value=chunk / times["value"])
-        for name, table, metric in (("fps_frames", rates, "fps"), ("memory_frames", free, "cache_bytes")):
-            report.images[name] = plot_curves(table, metric, report.folder / f"{name}.png", colours=colours)
-    setting = "budget_share" if rows["budget_share"].nunique() > 1 else None
-    for protocol, meaning, part in _protocols(rows):
-        for name, metric in (("fidelity_bytes", TO_DENSE), ("revisit_bytes", "revisit_psnr")):
-            scored, label = part, None
-            if metric == TO_DENSE:
-                scored = part[part["method"] != DENSE]
-            elif DENSE in set(part["method"]) and part["method"].nunique() > 1:
-                scored, label = minus_dense(part, metric), f"{metric.replace('_', ' ')} minus dense's (dB)"
-            if scored.loc[scored["metric"] == metric, "value"].notna().any():
-                path = report.folder / f"{name}_{protocol}.png"
-                report.images[f"{name}_{protocol}"] = plot_frontier(
-                    scored, "cache_bytes/end", metric, path,
-                    setting=setting, colours=colours, title=meaning, label=label,
-                )  # fmt: skip
-
-
-def _add_prompt_plots(report: Report, rows: pd.DataFrame) -> None:
-    """What is kept of quality, attention and truth against the share of the prompt that is read, if that differs."""
-    for protocol, meaning, part in _protocols(rows):
-        selecting = part[part["variant_of"] != DENSE]
-        shares = selecting.loc[selecting["metric"] == PROMPT[0], "value"].dropna()
-        if not (shares < 1).any():
-            continue
-        for metric in (TO_DENSE, "prompt_recall", "prompt_mass", "presence"):
-            if selecting.loc[selecting["metric"] == metric, "value"].notna().any():
-                name = f"words_{metric}_{protocol}"
-                report.images[name] = plot_frontier(
-                    selecting, PROMPT[0], metric, report.folder / f"{name}.png",
-                    index="variant_of", setting="method", title=meaning,
-                )  # fmt: skip
-
-
-def _add_ablations(report: Report, here: pd.DataFrame, varied: Mapping[str, Mapping[str, Any]]) -> None:
-    """Quality and cost against each setting in which runs of a method differ, a line for each of the other settings."""
-    for setting in dict.fromkeys(name for settings in varied.values() for name in settings):
-        others = {
-            run: "".join(f" {name}={value}" for name, value in settings.items() if name != setting)
-            for run, settings in varied.items()
-        }
-        varies = here["run_id"].map(lambda run, name=setting: name in varied[run])
-        curve = here["variant_of"] + here["run_id"].map(others)
-        rows = here.assign(curve=curve, **{setting: here[setting].where(varies)})
-        for protocol, meaning, part in _protocols(rows):
-            capped = (part["metric"] == TO_DENSE) & (part["variant_of"] == DENSE)
-            part = part[~capped]
-            for metric in ABLATED:
-                if part.loc[part["metric"] == metric, "value"].notna().any():
-                    name = f"{setting}_{metric.replace('/', '_')}_{protocol}"
-                    path = report.folder / f"{name}.png"
-                    report.images[name] = plot_setting(
-                        part, setting, metric, path, index="curve", title=meaning
-                    )
-
-
-def minus_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Rows of the other methods, with dense's `metric` on the same seed taken off theirs.
-
-    Seeds are different places, which differ by far more than methods do: intervals of the plain score hide that.
-    """
-    scores = rows[rows["metric"] == metric]
-    dense = scores[scores["method"] == DENSE].groupby("seed")["value"].mean()
-    others = rows[rows["method"] != DENSE]
-    gap = others["value"] - others["seed"].map(dense).astype(float)
-    return others.assign(value=others["value"].where(others["metric"] != metric, gap))
 
 
 def _add_videos(
