@@ -227,7 +227,7 @@ def test_wrong_settings_are_one_clear_sentence(tiny: Tiny, override: str, messag
 
 def test_unknown_method_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        SystemExit, match=r"unknown method 'tempcach': choose from annsa, dense, .*tempcache, "
+        SystemExit, match=r"unknown method 'tempcach': choose from annca, .*dense, .*tempcache, "
     ):
         check_choices(["method=[dense,tempcach]", "seeds=2"], ROOT / "conf/method")
     check_choices(["method=dense", "method=[tempcache,window]"], ROOT / "conf/method")
