@@ -11,7 +11,7 @@ from PIL import Image
 from fastar.compare import words
 from fastar.compare.clips import Clips
 from fastar.data.scenes.truth import PhraseTokens
-from fastar.results.files import PROMPT
+from fastar.results.files import PROMPT, Unwritable
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_chunk_is_logged_phrase_by_phrase(clips: Clips, tmp_path: Path) -> Non
     read = torch.tensor([[1.0, 0.5, 0.0, 0.25, 0.25, 9.0], [0.0] * 6])
     words.keep(tmp_path, clips, 0, 4, read)
     words.keep(tmp_path, clips, 4, 4, None)
-    first, second = words.read_log(tmp_path / PROMPT)
+    first, second = words.read(tmp_path)
     assert [phrase["read"] for phrase in first["phrases"]] == [0.75, 0.0, 0.25]
     assert [phrase["matters"] for phrase in first["phrases"]] == [True, False, False]
     assert [phrase["read"] for phrase in second["phrases"]] == [1, 1, 1], "nothing was left out"
@@ -42,15 +42,18 @@ def test_a_chunk_is_logged_phrase_by_phrase(clips: Clips, tmp_path: Path) -> Non
     )  # fmt: skip
 
 
-def test_chunks_done_twice_and_lines_cut_short_do_not_matter(clips: Clips, tmp_path: Path) -> None:
+def test_of_a_chunk_done_twice_the_last_counts(clips: Clips, tmp_path: Path) -> None:
     words.keep(tmp_path, clips, 4, 4, torch.zeros(2, 6))
     words.keep(tmp_path, clips, 0, 4, torch.zeros(2, 6))
     words.keep(tmp_path, clips, 4, 4, torch.ones(2, 6))
-    with (tmp_path / PROMPT).open("a") as file:
-        file.write('{"frame": 8, "phr')
-    chunks = words.read_log(tmp_path / PROMPT)
+    chunks = words.read(tmp_path)
     assert [chunk["frame"] for chunk in chunks] == [0, 4]
     assert [chunk["phrases"][0]["read"] for chunk in chunks] == [0, 1]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(clips: Clips, tmp_path: Path) -> None:
+    with pytest.raises(Unwritable, match="gone"):
+        words.keep(tmp_path / "gone", clips, 0, 4, None)
 
 
 def test_clips_without_a_script_log_nothing(clips: Clips, tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_the_picture_shows_what_was_read(clips: Clips, tmp_path: Path, with_vide
         folder = tmp_path / str(number)
         folder.mkdir()
         words.keep(folder, clips, 0, 8, (torch.arange(6) < tokens_read).float().expand(2, 6))
-        chunks = words.read_log(folder / PROMPT)
+        chunks = words.read(folder)
         path = words.draw(chunks, folder / "words.png", title="some method", video=video)
         column = np.array(Image.open(path).convert("RGB"))[:, 700]  # through the middle of the fields
         dark.append(int((np.abs(column - np.array([8, 48, 107])).sum(1) < 12).sum()))

@@ -1,6 +1,6 @@
 """A picture of which phrases of a prompt a method reads, frame by frame, and which ones matter.
 
-It is drawn from prompt.jsonl of a run's folder: of its first clip, a line a chunk.
+It is drawn from prompt.json of a run's folder: of its first clip, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fastar.compare.clips import Clips
 from fastar.data.video import read_mp4
-from fastar.results.files import PROMPT, read_summary
+from fastar.results.files import PROMPT, read_summary, unwritable, write_json
 from fastar.results.plots import save_figure
 
 
-def keep(folder: Path, clips: Clips, first: int, frames: int, read: Tensor | None) -> None:
-    """Write what the chunk at frame `first` read of the first clip's prompt: `read` [B, S], or None for all of it."""
+def keep(folder: Path, clips: Clips, first: int, frames: int, share: Tensor | None) -> None:
+    """Write what the chunk at frame `first` read of the first clip's prompt: `share` [B, S], or None for all of it."""
     if clips.phrases is None or clips.relevance is None:
         return
     relevant = clips.relevance[0, first : first + frames].any(0)
@@ -29,13 +29,17 @@ def keep(folder: Path, clips: Clips, first: int, frames: int, read: Tensor | Non
         {
             "shot": phrase.shot,
             "text": phrase.text,
-            "read": 1.0 if read is None else float(read[0, list(phrase.tokens)].mean()),
+            "read": 1.0 if share is None else float(share[0, list(phrase.tokens)].mean()),
             "matters": bool(relevant[list(phrase.tokens)].any()),
         }
         for phrase in clips.phrases[0]
     ]
-    with (folder / PROMPT).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"frame": first, "frames": frames, "phrases": phrases}) + "\n")
+    chunks = {chunk["frame"]: chunk for chunk in read(folder)}
+    chunks[first] = {"frame": first, "frames": frames, "phrases": phrases}
+    try:
+        write_json(folder / PROMPT, {"chunks": [chunks[frame] for frame in sorted(chunks)]})
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def draw_all(folder: Path, runs: Sequence[Path], names: Mapping[str, str]) -> dict[str, Path]:
@@ -46,33 +50,30 @@ def draw_all(folder: Path, runs: Sequence[Path], names: Mapping[str, str]) -> di
     found = {}
     for run in runs:
         summary = read_summary(run)
-        if summary is None or not (run / PROMPT).exists():
-            continue
-        chunks = read_log(run / PROMPT)
-        if all(phrase["read"] == 1 for chunk in chunks for phrase in chunk["phrases"]):
+        chunks = read(run)
+        if (
+            summary is None
+            or not chunks
+            or all(phrase["read"] == 1 for chunk in chunks for phrase in chunk["phrases"])
+        ):
             continue  # dense: nothing to see
         name = f"words_{names[summary['run_id']]}"
         found[name] = draw(chunks, folder / f"{name}.png", title=names[summary["run_id"]], video=video)
     return found
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The chunks of a log in order; of a chunk that was done twice the last line, of a line cut short nothing."""
-    chunks = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            chunk = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        chunks[chunk["frame"]] = chunk
-    return [chunks[frame] for frame in sorted(chunks)]
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The chunks that were kept of a run, in order; none if it kept no words."""
+    path = folder / PROMPT
+    found: list[dict[str, Any]] = json.loads(path.read_text())["chunks"] if path.exists() else []
+    return found
 
 
 def draw(chunks: Sequence[Mapping[str, Any]], path: Path, *, title: str, video: Tensor | None) -> Path:
     """Phrases against frames: how dark a field is says how much was read, a frame around it that it matters.
 
     Args:
-        chunks: as `read_log` gives them.
+        chunks: as `read` gives them.
         path: of the PNG.
         title: of the method.
         video: uint8 [F, H, W, 3] of the frames from the first chunk on, shown above; or None.

@@ -13,7 +13,7 @@ LEAST_ROOM = 2**20
 """Bytes: with less left on the disk, whatever fails is put down to that."""
 
 SUMMARY, ROWS, TABLE, STATE = "summary.json", "metrics.jsonl", "metrics.parquet", "state.pt"
-PROMPT = "prompt.jsonl"  # which phrases of its first clip's prompt a run read (fastar/compare/words.py)
+PROMPT = "prompt.json"  # which phrases of its first clip's prompt a run read (fastar/compare/words.py)
 
 
 class Unwritable(ValueError):
