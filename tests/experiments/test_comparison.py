@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from fastar.compare.command import check_choices, clear_errors
 from fastar.compare.comparison import Comparison
 from fastar.compare.job import compare
-from fastar.compare.methods import budgeted
+from fastar.compare.methods import budgeted, resolved
 from fastar.compare.report import per_seed
 from fastar.compare.session import open_session
 from fastar.results import load, load_runs
@@ -223,6 +223,19 @@ def test_wrong_settings_are_one_clear_sentence(tiny: Tiny, override: str, messag
     config = tiny("protocols=[B]", override)
     with pytest.raises((ValueError, FileNotFoundError), match=message.replace("[", r"\[")):
         Comparison(config, open_session(config))
+
+
+def test_settings_of_methods_that_are_not_asked_for_are_left_out(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An experiment sets something of a method, and method=[...] names others."""
+    mine = "+methods.tempcache.cache.threshold=0.8"
+    config = tiny("protocols=[B]", "method=[dense,window]", mine)
+    comparison = Comparison(config, open_session(config))
+    assert list(comparison.methods) == ["dense", "window"] and comparison.store.budgeted == {"window"}
+    assert "method=[...] does not name them: tempcache" in caplog.text
+    with pytest.raises(ValueError, match="names none of tempcache"):
+        resolved(tiny("protocols=[B]", "method=[empty]", "~methods.empty", mine))
 
 
 def test_unknown_method_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:

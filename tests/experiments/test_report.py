@@ -13,7 +13,7 @@ from fastar.compare.command import clear_errors
 from fastar.compare.job import compare
 from fastar.compare.recorded import report
 from fastar.compare.report_plots import minus_dense
-from fastar.results import load_runs
+from fastar.results import load, load_runs
 from fastar.results.record import record_runs
 from tests.experiments.conftest import command
 
@@ -94,6 +94,32 @@ def test_recording_keeps_what_is_done_and_takes_what_is_new(tiny: Tiny, tmp_path
     summary.write_text(json.dumps(record))
     record_runs(source, kept)
     assert json.loads((first / "summary.json").read_text())["status"] == "done"
+
+
+def test_what_clocks_measured_can_be_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    compare(tiny("method=[dense,window]", "protocols=[C]", "seeds=1"))
+    source, kept = tmp_path / "compare", tmp_path / "kept"
+    record_runs(source, kept, timings=False)
+    whole, rows = load(source), load(kept)
+    timed = {"chunk_s", "fps/steady", "fps_commit/steady", "latency_p50/steady", "speedup/dense/steady"}
+    gone = set(whole["metric"]) - set(rows["metric"])
+    assert timed <= gone and not gone & {"psnr", "cache_bytes", "peak_allocated"}
+    shared = whole[whole["metric"].isin(rows["metric"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows, shared, check_exact=True)
+    report(settings(runs=kept))
+    assert "fps" not in (kept / "report" / "results.md").read_text()
+
+
+def test_a_summary_leaves_out_what_all_methods_share(tiny: Tiny, tmp_path: Path) -> None:
+    """Nothing is bounded: no columns for memory, one for the work. Else the other way round."""
+    compare(tiny("method=[dense,annsa]", "protocols=[B]", "seeds=1"))
+    compare(tiny("method=[dense,annsa,window]", "protocols=[B]", "seeds=1", "name=bounded"))
+    heads = {}
+    for name in ("compare", "bounded"):
+        report(settings(runs=tmp_path / name))
+        heads[name] = (tmp_path / name / "report" / "summary_B.md").read_text().splitlines()[0]
+    assert "density" in heads["compare"] and "share" not in heads["compare"]
+    assert "density" not in heads["bounded"] and "slot_share" in heads["bounded"]
 
 
 def test_runs_that_are_not_there_or_not_finished(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Methods as configs name them (conf/method): from a node to fresh caches and selectors."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,9 @@ from fastar.cache import HeadErrors
 from fastar.rollout.method import Method
 
 COMMON_BUDGET = "${budget_share}"
+PARTS = ("cache", "self_attention", "cross_attention", "engine")
+
+log = logging.getLogger(__name__)
 
 
 def method_of(name: str, node: Mapping[str, Any]) -> Method:
@@ -29,13 +33,20 @@ def method_of(name: str, node: Mapping[str, Any]) -> Method:
 def resolved(config: DictConfig) -> dict[str, dict[str, Any]]:
     """Nodes of all methods in `config.methods` as plain values, in order.
 
+    An experiment may name settings of methods that the command line's own method=[...] leaves out: so do we.
+
     Raises:
         ValueError: there are none.
     """
     if not config.get("methods"):
         raise ValueError("no method was asked for: name some, as in method=[dense,tempcache,window]")
     plain: Any = OmegaConf.to_container(config.methods, resolve=True)
-    return dict(plain)
+    whole = {name: node for name, node in plain.items() if all(part in (node or {}) for part in PARTS)}
+    if left := [name for name in plain if name not in whole]:
+        log.warning("left out, as method=[...] does not name them: %s (settings alone)", ", ".join(left))
+    if not whole:
+        raise ValueError(f"method=[...] names none of {', '.join(plain)}: add those that are wanted")
+    return whole
 
 
 def identity_of(node: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
@@ -80,4 +91,5 @@ def setting(node: Mapping[str, Any], path: str) -> str | int | float | bool | No
 def budgeted(methods: DictConfig) -> set[str]:
     """Methods whose cache follows the common `budget_share`."""
     written: Any = OmegaConf.to_container(methods, resolve=False)
-    return {name for name, node in written.items() if node["cache"].get("budget_share") == COMMON_BUDGET}
+    caches = {name: (node or {}).get("cache", {}) for name, node in written.items()}
+    return {name for name, cache in caches.items() if cache.get("budget_share") == COMMON_BUDGET}

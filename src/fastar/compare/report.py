@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastar.compare import report_plots, words
 from fastar.compare.caption import check_alike, describe, span
-from fastar.compare.report_plots import DENSE, TO_DENSE, protocols
+from fastar.compare.report_plots import DENSE, TO_DENSE, protocols, varies
 from fastar.compare.variants import settings_of, variant_names
 from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
 from fastar.results import load
@@ -37,9 +37,10 @@ SPEED = (
 )  # fmt: skip
 TABLES = {"quality": QUALITY, "words of the prompt": PROMPT, "memory and work": MEMORY, "speed": SPEED}
 SUMMARY = (
-    "byte_share/end", "slot_share/end", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall", "prompt_share",
-    "prompt_recall", "presence",
+    "byte_share/end", "slot_share/end", "density", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall",
+    "prompt_share", "prompt_recall", "presence",
 )  # fmt: skip
+MAY_BE_ALIKE = ("byte_share/end", "slot_share/end", "density", "recall", "prompt_share", "prompt_recall")
 COMPARED = ("psnr", "revisit_psnr")
 AT_END = ("cache_bytes", "byte_share", "slot_share")
 
@@ -205,7 +206,7 @@ def _save_summaries(report: Report, rows: pd.DataFrame, budget_share: float, bas
         for share in {budget_share, *part["budget_share"].dropna()}:
             here = _at_budget(part, share)
             name = protocol if share == budget_share else f"{protocol}_{100 * share:g}"
-            stats, paired = spread(here, metrics=SUMMARY), _paired(here, baseline)
+            stats, paired = spread(here, metrics=_telling(here)), _paired(here, baseline)
             if not stats.empty:
                 text = f"{to_markdown(pivot(stats))}\nProtocol {protocol}; {report.caption}.\n"
                 (report.folder / f"summary_{name}.md").write_text(text)
@@ -213,6 +214,17 @@ def _save_summaries(report: Report, rows: pd.DataFrame, budget_share: float, bas
                 note = f"paired differences to {baseline}, mean over seeds and 95 % bootstrap interval."
                 text = f"{to_markdown(paired)}\nProtocol {protocol}; {note}\n"
                 (report.folder / f"differences_{name}.md").write_text(text)
+
+
+def _telling(rows: pd.DataFrame) -> list[str]:
+    """Columns of a summary, without those in which several methods are all alike.
+
+    Work (density) has a column where memory has none: in a bounded cache it follows from the slots.
+    """
+    told = [name for name in SUMMARY if name not in MAY_BE_ALIKE or varies(rows, name)]
+    if "density" in told and "slot_share/end" in told and rows["method"].nunique() > 1:
+        told.remove("density")
+    return told
 
 
 def _paired(rows: pd.DataFrame, baseline: str) -> pd.DataFrame | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from fastar.metrics.names import decimals_of
 from fastar.results.plots import plot_curves, plot_frontier, plot_setting
 
 DENSE, TO_DENSE = "dense", "psnr"
@@ -91,11 +92,18 @@ def ablations(folder: Path, here: pd.DataFrame, varied: Mapping[str, Mapping[str
             capped = (part["metric"] == TO_DENSE) & (part["variant_of"] == DENSE)
             part = part[~capped]
             for metric in ABLATED:
-                if part.loc[part["metric"] == metric, "value"].notna().any():
+                if varies(part, metric):
                     name = f"{setting}_{metric.replace('/', '_')}_{protocol}"
                     path = folder / f"{name}.png"
                     images[name] = plot_setting(part, setting, metric, path, index="curve", title=meaning)
     return images
+
+
+def varies(rows: pd.DataFrame, metric: str) -> bool:
+    """Whether methods differ in `metric`, to the decimals that are shown; a single method always does."""
+    scored = rows[(rows["metric"] == metric) & rows["value"].notna()]
+    means = scored.groupby("method")["value"].mean().round(decimals_of(metric))
+    return len(scored) > 0 and (rows["method"].nunique() == 1 or means.nunique() > 1)
 
 
 def minus_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

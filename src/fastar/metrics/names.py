@@ -87,6 +87,11 @@ def unit_of(metric: str) -> str:
     return info.unit if info else ""
 
 
+def is_timing(metric: str) -> bool:
+    """Whether clocks measured it: what else ran on the machine shows in it."""
+    return unit_of(metric) in ("s", "1/s") or metric.split("/")[0] == "speedup"
+
+
 def decimals_of(metric: str) -> int:
     """Decimals to print; 3 for an unknown name."""
     info = METRICS.get(metric.split("/")[0])

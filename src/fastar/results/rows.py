@@ -1,10 +1,12 @@
 """One row per chunk and metric: the columns, their types, and how rows become a table."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 SCHEMA = pa.schema(
     [
@@ -33,6 +35,11 @@ def deduplicated(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
     """Deduplicated rows as an Arrow table of `SCHEMA`."""
     return pa.Table.from_pylist(deduplicated(rows), schema=SCHEMA)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """A Parquet file, as small as it gets: thousands of them are kept."""
+    pq.write_table(table, path, compression="zstd", compression_level=19)
 
 
 def to_pandas(table: pa.Table) -> pd.DataFrame:

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-import pyarrow.parquet as pq
 import torch
 
 from fastar import interruption
@@ -37,7 +36,7 @@ from fastar.results.files import (
 from fastar.results.launch import launch_id
 from fastar.results.lock import RunLock, RunLocked
 from fastar.results.logtail import RunLog, last_lines, reason_of, sentence_of, unwrapped, without_paths
-from fastar.results.rows import to_table
+from fastar.results.rows import to_table, write_table
 from fastar.results.sinks import Sink
 
 
@@ -239,7 +238,7 @@ class Run:
         if not (self.folder / ROWS).exists():
             raise RuntimeError(f"{self.folder / ROWS} was removed while the run was working: run it again")
         with self._writing(), atomic(self.folder / TABLE) as part:
-            pq.write_table(to_table(self.rows()), part, compression="zstd", compression_level=19)
+            write_table(to_table(self.rows()), part)
         # From here on the table is complete; the status says so last, and only then is the working copy removed.
         self._close("done")
         self._tidy()

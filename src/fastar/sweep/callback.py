@@ -1,6 +1,9 @@
 """Hydra's hooks around a sweep: its jobs are written down before the first begins; at the end there is one report."""
 
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,17 @@ from fastar.sweep.records import job_key, record_of
 from fastar.sweep.status import is_held
 
 
+@contextmanager
+def errors_end_the_command() -> Iterator[None]:
+    """Hydra turns what a callback raises into a warning, and the command would end with status 0."""
+    try:
+        with clear_errors():
+            yield
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
 class SweepCallback(Callback):
     """Named in conf/compare.yaml and conf/rollout.yaml under hydra.callbacks."""
 
@@ -21,7 +35,7 @@ class SweepCallback(Callback):
         """Write a record for every job, so that what was never begun is known to be missing."""
         launch_id()  # in the environment before any job is started
         experiment = Path(config.paths.outputs) / config.name
-        with clear_errors():
+        with errors_end_the_command():
             check_writable(experiment)
             for overrides in expand(config):
                 record = record_of(experiment, program_of(config), overrides)
@@ -32,10 +46,10 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show what came of the jobs, and one report on all of their runs; exit status 1 if something is missing."""
-        from fastar.compare.sweep_report import finish_sweep, show_sweep
+        with errors_end_the_command():
+            from fastar.compare.sweep_report import finish_sweep, show_sweep
 
-        jobs = [job_key(overrides) for overrides in expand(config)]
-        with clear_errors():
+            jobs = [job_key(overrides) for overrides in expand(config)]
             complete = finish_sweep(config, jobs) if "baseline" in config else show_sweep(config, jobs)
             if not complete:
                 sys.exit(1)
