@@ -110,6 +110,24 @@ def test_what_clocks_measured_can_be_left_out(tiny: Tiny, tmp_path: Path) -> Non
     assert "fps" not in (kept / "report" / "results.md").read_text()
 
 
+def test_means_of_clips_give_the_same_tables_as_their_chunks(tiny: Tiny, tmp_path: Path) -> None:
+    compare(tiny("method=[dense,annsa,window]", "protocols=[B,C]", "seeds=2", "batch=2"))
+    reports = {}
+    for name, curves in (("whole", True), ("means", False)):
+        report(settings(runs=tmp_path / "compare", record=tmp_path / name, curves=curves))
+        reports[name] = (tmp_path / name / "report" / "results.md").read_text()
+    assert reports["means"] == reports["whole"]
+    rows = load(tmp_path / "means")
+    assert set(rows.loc[rows["chunk"].notna(), "metric"]) == {
+        "cache_bytes",
+        "cache_slots",
+        "byte_share",
+        "slot_share",
+    }
+    sizes = {name: sum(p.stat().st_size for p in (tmp_path / name).rglob("*.parquet")) for name in reports}
+    assert sizes["means"] < sizes["whole"]
+
+
 def test_a_summary_leaves_out_what_all_methods_share(tiny: Tiny, tmp_path: Path) -> None:
     """Nothing is bounded: no columns for memory, one for the work. Else the other way round."""
     compare(tiny("method=[dense,annsa]", "protocols=[B]", "seeds=1"))
@@ -118,6 +136,8 @@ def test_a_summary_leaves_out_what_all_methods_share(tiny: Tiny, tmp_path: Path)
     for name in ("compare", "bounded"):
         report(settings(runs=tmp_path / name))
         heads[name] = (tmp_path / name / "report" / "summary_B.md").read_text().splitlines()[0]
+        against_bytes = tmp_path / name / "report" / "fidelity_bytes_B.png"
+        assert against_bytes.exists() == (name == "bounded")
     assert "density" in heads["compare"] and "share" not in heads["compare"]
     assert "density" not in heads["bounded"] and "slot_share" in heads["bounded"]
 

@@ -111,7 +111,7 @@ def test_completion_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     run = opened(tmp_path)
     run.log({"psnr": 30.0}, chunk=0)
-    monkeypatch.setattr(store.pq, "write_table", die)
+    monkeypatch.setattr(store, "write_table", die)
     with pytest.raises(KeyboardInterrupt):
         run.complete()
     monkeypatch.undo()

@@ -15,13 +15,13 @@ def report(config: DictConfig) -> None:
     pattern = list(config.runs) if OmegaConf.is_list(config.runs) else str(config.runs)
     if config.record:
         check_writable(Path(config.record))
-        runs = record_runs(pattern, Path(config.record), timings=config.timings)
+        runs = record_runs(pattern, Path(config.record), timings=config.timings, curves=config.curves)
     else:
         runs = [run for run, _ in find_runs(pattern)]
     folder = Path(config.output) if config.output else runs[0].parent / "report"
     check_writable(folder)
     present = {summary["labels"]["method"] for _, summary in find_runs(runs)}
-    order = [*(name for name in config.method if name in present), *sorted(present - set(config.method))]
+    order = [*(name for name in config.order if name in present), *sorted(present - set(config.order))]
     write_report(
         folder,
         runs,

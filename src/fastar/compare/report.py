@@ -17,6 +17,7 @@ from fastar.compare.caption import check_alike, describe, span
 from fastar.compare.report_plots import DENSE, TO_DENSE, protocols, varies
 from fastar.compare.variants import settings_of, variant_names
 from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
+from fastar.metrics.names import is_held
 from fastar.results import load
 from fastar.results.files import read_summary, write_json
 from fastar.results.plots import colours_of
@@ -42,7 +43,6 @@ SUMMARY = (
 )  # fmt: skip
 MAY_BE_ALIKE = ("byte_share/end", "slot_share/end", "density", "recall", "prompt_share", "prompt_recall")
 COMPARED = ("psnr", "revisit_psnr")
-AT_END = ("cache_bytes", "byte_share", "slot_share")
 
 
 @dataclass
@@ -162,7 +162,7 @@ def _remember(folder: Path, runs: Sequence[Path]) -> list[Path]:
 
 def _at_end(rows: pd.DataFrame) -> pd.DataFrame:
     """The last chunk's value of what grows over a rollout, as metric `<name>/end`."""
-    chosen = rows[rows["metric"].isin(AT_END)]
+    chosen = rows[rows["metric"].map(is_held)]
     last = chosen[chosen["chunk"] == chosen.groupby(["run_id", "metric"])["chunk"].transform("max")]
     return last.assign(metric=last["metric"] + "/end", chunk=pd.NA, frame=pd.NA)
 

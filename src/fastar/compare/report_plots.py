@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from fastar.metrics.names import decimals_of
-from fastar.results.plots import plot_curves, plot_frontier, plot_setting
+from fastar.results.plots import colours_of, plot_curves, plot_frontier, plot_setting
 
 DENSE, TO_DENSE = "dense", "psnr"
 ABLATED = (
@@ -50,7 +50,10 @@ def costs(
                 scored = part[part["method"] != DENSE]
             elif DENSE in set(part["method"]) and part["method"].nunique() > 1:
                 scored, label = minus_dense(part, metric), f"{metric.replace('_', ' ')} minus dense's (dB)"
-            if scored.loc[scored["metric"] == metric, "value"].notna().any():
+            if (
+                varies(part, "cache_bytes/end")
+                and scored.loc[scored["metric"] == metric, "value"].notna().any()
+            ):
                 path = folder / f"{name}_{protocol}.png"
                 images[f"{name}_{protocol}"] = plot_frontier(
                     scored, "cache_bytes/end", metric, path,
@@ -62,6 +65,7 @@ def costs(
 def prompt_tokens(folder: Path, rows: pd.DataFrame) -> dict[str, Path]:
     """What is kept of quality, attention and truth against the share of the prompt that is read, if that differs."""
     images: dict[str, Path] = {}
+    colours = colours_of(rows["variant_of"].unique())
     for protocol, meaning, part in protocols(rows):
         selecting = part[part["variant_of"] != DENSE]
         shares = selecting.loc[selecting["metric"] == "prompt_share", "value"].dropna()
@@ -72,7 +76,7 @@ def prompt_tokens(folder: Path, rows: pd.DataFrame) -> dict[str, Path]:
                 name = f"words_{metric}_{protocol}"
                 images[name] = plot_frontier(
                     selecting, "prompt_share", metric, folder / f"{name}.png",
-                    index="variant_of", setting="method", title=meaning,
+                    index="variant_of", setting="method", colours=colours, title=meaning,
                 )  # fmt: skip
     return images
 
@@ -85,9 +89,10 @@ def ablations(folder: Path, here: pd.DataFrame, varied: Mapping[str, Mapping[str
             run: "".join(f" {name}={value}" for name, value in settings.items() if name != setting)
             for run, settings in varied.items()
         }
-        varies = here["run_id"].map(lambda run, name=setting: name in varied[run])
+        has = here["run_id"].map(lambda run, name=setting: name in varied[run])
         curve = here["variant_of"] + here["run_id"].map(others)
-        rows = here.assign(curve=curve, **{setting: here[setting].where(varies)})
+        rows = here.assign(curve=curve, **{setting: here[setting].where(has)})
+        colours = colours_of(curve.unique())
         for protocol, meaning, part in protocols(rows):
             capped = (part["metric"] == TO_DENSE) & (part["variant_of"] == DENSE)
             part = part[~capped]
@@ -95,7 +100,9 @@ def ablations(folder: Path, here: pd.DataFrame, varied: Mapping[str, Mapping[str
                 if varies(part, metric):
                     name = f"{setting}_{metric.replace('/', '_')}_{protocol}"
                     path = folder / f"{name}.png"
-                    images[name] = plot_setting(part, setting, metric, path, index="curve", title=meaning)
+                    images[name] = plot_setting(
+                        part, setting, metric, path, index="curve", colours=colours, title=meaning
+                    )
     return images
 
 

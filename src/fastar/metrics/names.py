@@ -92,6 +92,11 @@ def is_timing(metric: str) -> bool:
     return unit_of(metric) in ("s", "1/s") or metric.split("/")[0] == "speedup"
 
 
+def is_held(metric: str) -> bool:
+    """Whether it tells what a cache holds after a chunk: the last chunk's value is that of the rollout."""
+    return metric in ("cache_bytes", "cache_slots", "byte_share", "slot_share")
+
+
 def decimals_of(metric: str) -> int:
     """Decimals to print; 3 for an unknown name."""
     info = METRICS.get(metric.split("/")[0])

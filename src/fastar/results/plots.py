@@ -137,6 +137,7 @@ def plot_setting(
     *,
     index: str = "method",
     units: Sequence[str] = UNITS,
+    colours: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> Path:
     """Mean `metric` with its interval against the column `setting`, one line per `index`.
@@ -146,7 +147,7 @@ def plot_setting(
     stats = spread(rows, index=[index, setting], metrics=[metric], units=units)
     stats[["mean", "low", "high"]] /= shown_as(metric)[0]
     figure, axes = _figure(metric, title)
-    colours = colours_of([str(line) for line in stats[index].unique()])
+    colours = colours or colours_of([str(line) for line in stats[index].unique()])
     known = stats[setting].dropna()
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
     places = {value: value if numeric else place for place, value in enumerate(dict.fromkeys(known))}

@@ -4,16 +4,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastar.metrics.names import is_timing
+from fastar.metrics.names import is_held, is_timing
 from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, read_summary
 from fastar.results.loading import find_runs
-from fastar.results.rows import write_table
+from fastar.results.rows import SCHEMA, to_pandas, write_table
 
 
 def record_runs(
-    pattern: str | Path | Sequence[str | Path], target: Path, *, timings: bool = True
+    pattern: str | Path | Sequence[str | Path], target: Path, *, timings: bool = True, curves: bool = True
 ) -> list[Path]:
     """Copy every finished or failed run that `pattern` names to `target`/<run id>; returns the copies.
 
@@ -23,6 +25,8 @@ def record_runs(
         pattern: as of `fastar.results.load`.
         target: folder; made if need be.
         timings: False leaves out what clocks measured, as is right for runs that shared a machine.
+        curves: False keeps one value of a clip in place of one a chunk: the mean, as tables have it, or, of what the
+            cache holds, the last chunk's.
 
     Raises:
         ValueError: no runs are there, one is damaged, or none of them has come to an end.
@@ -42,8 +46,8 @@ def record_runs(
         for name in (PROMPT, TABLE, SUMMARY):  # the summary last: it says that the table is complete
             if (run / name).exists():
                 with atomic(copy / name) as part:
-                    if name == TABLE and not timings:
-                        _copy_untimed(run / name, part)
+                    if name == TABLE and not (timings and curves):
+                        write_table(_leaner(pq.read_table(run / name), timings, curves), part)
                     else:
                         shutil.copyfile(run / name, part)
     if not copies:
@@ -51,7 +55,15 @@ def record_runs(
     return list(dict.fromkeys(copies))
 
 
-def _copy_untimed(table: Path, copy: Path) -> None:
-    rows = pq.read_table(table)
-    kept = [not is_timing(metric) for metric in rows["metric"].to_pylist()]
-    write_table(rows.filter(kept), copy)
+def _leaner(table: pa.Table, timings: bool, curves: bool) -> pa.Table:
+    rows = to_pandas(table)
+    if not timings:
+        rows = rows[~rows["metric"].map(is_timing)]
+    if not curves:
+        held = rows["metric"].map(is_held)
+        last = rows["chunk"] == rows.groupby("metric")["chunk"].transform("max")
+        of_chunks = rows["chunk"].notna()
+        keys = ["metric", "clip", "unit"]
+        means = rows[of_chunks & ~held].groupby(keys, sort=False, dropna=False)[["value", "time"]]
+        rows = pd.concat([rows[~of_chunks], rows[held & last], means.mean().reset_index()])
+    return pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False).replace_schema_metadata()
