@@ -137,6 +137,16 @@ def test_near_pairs_share_a_bucket_more_often_than_random_ones(name: str) -> Non
     assert torch.equal(a, again[0]) and torch.equal(b, again[1])
 
 
+@pytest.mark.parametrize("kind", [ann.LSHBucketizer, ann.QuantizedBucketizer])
+def test_a_sides_own_mean_matters_only_to_buckets_about_the_origin(kind: type[ann.Bucketizer]) -> None:
+    queries, keys = near_pairs(problems=4, queries=100, keys=100)
+    aside = queries + 3 * torch.randn(4, 1, 16)
+    for centre in (True, False):
+        bucketizer = kind(centre=centre)  # type: ignore[call-arg]
+        same = torch.equal(bucketizer.buckets(queries, keys)[0], bucketizer.buckets(aside, keys)[0])
+        assert same == centre
+
+
 def test_kmeans_finds_separate_clusters() -> None:
     centres = 20 * torch.randn(2, 5, 8)
     member = torch.arange(5).repeat(12)

@@ -136,8 +136,11 @@ def test_a_summary_leaves_out_what_all_methods_share(tiny: Tiny, tmp_path: Path)
     for name in ("compare", "bounded"):
         report(settings(runs=tmp_path / name))
         heads[name] = (tmp_path / name / "report" / "summary_B.md").read_text().splitlines()[0]
-        against_bytes = tmp_path / name / "report" / "fidelity_bytes_B.png"
-        assert against_bytes.exists() == (name == "bounded")
+        against = {
+            kind: tmp_path / name / "report" / f"{kind}_B.png" for kind in ("fidelity_bytes", "pairs_psnr")
+        }
+        assert against["fidelity_bytes"].exists() == (name == "bounded")
+        assert against["pairs_psnr"].exists() == (name == "compare")
     assert "density" in heads["compare"] and "share" not in heads["compare"]
     assert "density" not in heads["bounded"] and "slot_share" in heads["bounded"]
 

@@ -44,19 +44,21 @@ class QuantizedBucketizer(Bucketizer):
     Args:
         dims: random projections, shared by queries and keys.
         bits: of each projection's code; there are 2^(bits * dims) buckets, at most 2^16.
+        centre: take each side's own mean away first; False leaves both about the origin.
         seed: of the projections.
     """
 
-    def __init__(self, *, dims: int = 2, bits: int = 2, seed: int = 0) -> None:
+    def __init__(self, *, dims: int = 2, bits: int = 2, centre: bool = True, seed: int = 0) -> None:
         if dims < 1 or bits < 1 or dims * bits > 16:
             raise ValueError(f"dims and bits must be positive with dims * bits <= 16, got {dims} and {bits}")
-        self.dims, self.bits, self.seed = dims, bits, seed
+        self.dims, self.bits, self.centre, self.seed = dims, bits, centre, seed
 
     def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         check_features(queries, keys)
         projection = seeded_planes(self.seed, keys.shape[2], self.dims, like=keys).float()
         sides = [
-            ((x - x.mean(1, keepdim=True)).float() @ projection).mT.contiguous() for x in (queries, keys)
+            ((x - x.mean(1, keepdim=True) if self.centre else x).float() @ projection).mT.contiguous()
+            for x in (queries, keys)
         ]
         levels = 2**self.bits
         joint = torch.cat(sides, -1).sort(dim=-1).values  # [N, dims, n + m]

@@ -130,7 +130,7 @@ def write_report(
     here = _at_budget(rows, budget_share)
     colours = colours_of(methods)
     report.images |= report_plots.costs(folder, rows, here, colours)
-    report.images |= report_plots.prompt_tokens(folder, here)
+    report.images |= report_plots.work(folder, here)
     report.images |= report_plots.ablations(folder, here, varied)
     _add_videos(report, known, names, seed, budget_share)
     report.images |= words.draw_all(report.folder, known, names)

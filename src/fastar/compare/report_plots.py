@@ -1,4 +1,4 @@
-"""The plots of a report: speed and memory over frames, quality against bytes, settings and shares of the prompt."""
+"""The plots of a report: speed and memory over frames; quality against bytes, against work, and against settings."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +14,10 @@ ABLATED = (
     "psnr", "revisit_psnr", "latent_error", "recall", "slot_share/end", "density", "fps/steady", "prompt_share",
     "prompt_recall",
 )  # fmt: skip
+WORK = {
+    "prompt_share": ("words", (TO_DENSE, "prompt_recall", "prompt_mass", "presence")),
+    "density": ("pairs", (TO_DENSE, "recall")),
+}
 
 PROTOCOLS = {
     "A": "protocol A: dense past, the method only denoises",
@@ -62,22 +66,25 @@ def costs(
     return images
 
 
-def prompt_tokens(folder: Path, rows: pd.DataFrame) -> dict[str, Path]:
-    """What is kept of quality, attention and truth against the share of the prompt that is read, if that differs."""
+def work(folder: Path, rows: pd.DataFrame) -> dict[str, Path]:
+    """Quality, attention and truth against the share of the prompt that is read, and of the pairs that are computed.
+
+    Each where methods differ in it and caches do not: under a budget the pairs follow from the bytes.
+    """
     images: dict[str, Path] = {}
     colours = colours_of(rows["variant_of"].unique())
     for protocol, meaning, part in protocols(rows):
         selecting = part[part["variant_of"] != DENSE]
-        shares = selecting.loc[selecting["metric"] == "prompt_share", "value"].dropna()
-        if not (shares < 1).any():
-            continue
-        for metric in (TO_DENSE, "prompt_recall", "prompt_mass", "presence"):
-            if selecting.loc[selecting["metric"] == metric, "value"].notna().any():
-                name = f"words_{metric}_{protocol}"
-                images[name] = plot_frontier(
-                    selecting, "prompt_share", metric, folder / f"{name}.png",
-                    index="variant_of", setting="method", colours=colours, title=meaning,
-                )  # fmt: skip
+        for cost, (prefix, metrics) in WORK.items():
+            if not varies(part, cost) or varies(part, "cache_bytes/end"):
+                continue
+            for metric in metrics:
+                if selecting.loc[selecting["metric"] == metric, "value"].notna().any():
+                    name = f"{prefix}_{metric}_{protocol}"
+                    images[name] = plot_frontier(
+                        selecting, cost, metric, folder / f"{name}.png",
+                        index="variant_of", setting="method", colours=colours, title=meaning,
+                    )  # fmt: skip
     return images
 
 
