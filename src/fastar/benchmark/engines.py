@@ -1,0 +1,187 @@
+"""Every attention engine on the calls a rollout makes: dense, with log-counts, block-sparse, and both.
+
+Inputs are random normal vectors and plans are random blocks: the time of a kernel hardly depends on them, and nothing
+is said about quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastar import engines
+from fastar.benchmark.timing import timed
+from fastar.engines.plan import BlockPlan
+
+CHECKED = 128  # queries whose output is held against the reference engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes of an attention call; the defaults are one chunk of Wan2.1-1.3B at 480x832."""
+
+    batch: int = 1
+    heads: int = 12
+    head_dim: int = 128
+    queries: int = 4680
+    block_q: int = 128
+    block_k: int = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of call: a share of the key blocks (1 is dense), with or without log-counts."""
+
+    density: float
+    biased: bool
+
+    @property
+    def kind(self) -> str:
+        """dense, biased, sparse or sparse biased."""
+        return " ".join(["sparse"] * (self.density < 1) + ["biased"] * self.biased) or "dense"
+
+
+def cases(densities: Sequence[float]) -> list[Case]:
+    """Dense and every density, each with and without log-counts; dense first."""
+    return [Case(density, biased) for density in (1.0, *densities) for biased in (False, True)]
+
+
+def benchmark(
+    names: Sequence[str],
+    keys: Sequence[int],
+    densities: Sequence[float],
+    geometry: Geometry,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 7,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Rows engine, kind, keys, density, ms, ms_low, ms_high (quartiles), tflops, of_dense, of_best, error, reason.
+
+    tflops counts 4 * executed pairs * head_dim * heads; of_dense is its ratio to the same engine's dense call with as
+    many keys, of_best that to the fastest engine's. error is relative to float32, over `CHECKED` queries. An engine
+    that cannot execute a call has a reason and no numbers.
+
+    Raises:
+        ValueError: an engine is unknown.
+    """
+    for count in keys:
+        inputs = _Inputs(geometry, count, device, dtype, seed)
+        calls = [(case, inputs.of(case)) for case in cases(densities)]
+        rows = [_row(name, case, call, geometry, repeats) for case, call in calls for name in names]
+        dense = {row["engine"]: row["tflops"] for row in rows if row["kind"] == "dense" and row["tflops"]}
+        for row in rows:
+            baselines = {"of_dense": dense.get(row["engine"]), "of_best": max(dense.values(), default=None)}
+            for share, baseline in baselines.items():
+                row[share] = row["tflops"] / baseline if row["tflops"] and baseline else None
+            yield row
+
+
+@dataclass(frozen=True)
+class _Call:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_count: Tensor | None
+    plan: BlockPlan | None
+
+    def run(self, engine: str) -> Tensor:
+        return engines.attend(
+            self.q, self.k, self.v, log_count=self.log_count, plan=self.plan, engine=engine
+        )[0]
+
+
+class _Inputs:
+    """The same vectors for all cases of one number of keys."""
+
+    def __init__(
+        self, geometry: Geometry, keys: int, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
+        self.geometry, self.keys, self.device = geometry, keys, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        lead = (geometry.batch, geometry.heads)
+        lengths = (geometry.queries, keys, keys)
+        self.q, self.k, self.v = (
+            torch.randn(*lead, n, geometry.head_dim, generator=self.generator, device=device).to(dtype)
+            for n in lengths
+        )
+        counts = torch.randint(1, 17, (*lead, keys), generator=self.generator, device=device)
+        self.log_count = counts.float().log()
+
+    def of(self, case: Case) -> _Call:
+        log_count = self.log_count if case.biased else None
+        plan = self._plan(case.density) if case.density < 1 else None
+        return _Call(self.q, self.k, self.v, log_count, plan)
+
+    def _plan(self, density: float) -> BlockPlan:
+        """Tokens in random order, as many random key blocks for every block of queries."""
+        g, lead = self.geometry, (self.geometry.batch, self.geometry.heads)
+        blocks = (-(-g.queries // g.block_q), -(-self.keys // g.block_k))
+        chosen = max(1, round(density * blocks[1]))
+        scores = torch.rand(*lead, *blocks, generator=self.generator, device=self.device)
+        mask = torch.zeros(scores.shape, dtype=torch.bool, device=self.device)
+        mask.scatter_(-1, scores.topk(chosen, dim=-1).indices, True)
+        return BlockPlan(
+            query_order=self._order(g.queries),
+            key_order=self._order(self.keys),
+            block_q=g.block_q,
+            block_k=g.block_k,
+            block_mask=mask,
+            max_blocks=chosen,
+        )
+
+    def _order(self, length: int) -> Tensor:
+        lead = (self.geometry.batch, self.geometry.heads)
+        return torch.rand(*lead, length, generator=self.generator, device=self.device).argsort(-1)
+
+
+def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int) -> dict[str, Any]:
+    device = call.q.device
+    engine = engines.get(name)
+    full = engines.AttentionCall(call.q, call.k, call.v, call.log_count, call.plan, return_lse=False)
+    reason = engine.unfit_for_device(device) or engine.unfit_for(full)
+    density = 1.0 if call.plan is None else float(call.plan.density().mean())
+    row: dict[str, Any] = {
+        "engine": name, "kind": case.kind, "keys": call.k.shape[2], "density": density,
+        "ms": None, "ms_low": None, "ms_high": None, "tflops": None, "error": None, "reason": reason,
+    }  # fmt: skip
+    if reason is not None:
+        return row
+    try:
+        time = timed(lambda: call.run(name), device=device, repeats=repeats)
+        distance = _error(call, name, geometry.block_q)
+    except RuntimeError as error:  # out of memory, or a kernel that its limits do not describe
+        return row | {"reason": str(error).split("\n")[0]}
+    pairs = call.q.shape[0] * call.q.shape[1] * call.q.shape[2] * call.k.shape[2] * density
+    return row | {
+        "ms": 1e3 * time.median,
+        "ms_low": 1e3 * time.low,
+        "ms_high": 1e3 * time.high,
+        "tflops": 4 * pairs * geometry.head_dim / time.median / 1e12,
+        "error": distance,
+    }
+
+
+def _error(call: _Call, name: str, block_q: int) -> float:
+    """Relative error of the outputs of the first queries, in plan order, to the reference engine."""
+    checked = min(CHECKED, block_q, call.q.shape[2])
+    plan, log_count = call.plan, call.log_count
+    k, v = call.k, call.v
+    rows = torch.arange(checked, device=k.device).expand(*k.shape[:2], checked)
+    if plan is not None:
+        rows = plan.query_order[..., :checked]
+        read = plan.block_mask[:, :, 0].repeat_interleave(plan.block_k, -1)[..., : plan.num_keys]
+        k, v = (x.gather(2, plan.key_order[..., None].expand(x.shape)) for x in (k, v))
+        counts = torch.zeros_like(read, dtype=torch.float32) if log_count is None else log_count
+        log_count = counts.gather(2, plan.key_order).masked_fill(~read, -torch.inf)
+    rows = rows[..., None].expand(*rows.shape, call.q.shape[-1])
+    expected, _ = engines.attend(
+        call.q.gather(2, rows).float(), k.float(), v.float(), log_count=log_count, engine="reference"
+    )
+    found = call.run(name).gather(2, rows).float()
+    return float((found - expected).norm() / expected.norm())

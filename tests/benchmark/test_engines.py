@@ -1,0 +1,92 @@
+"""The engine benchmark: what its rows count, and that its errors would show a wrong engine."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from fastar import engines
+from fastar.benchmark.command import run
+from fastar.benchmark.engines import Geometry, benchmark, cases
+from fastar.benchmark.timing import timed
+
+SMALL = Geometry(batch=1, heads=2, head_dim=16, queries=64, block_q=16, block_k=32)
+CPU = torch.device("cpu")
+
+
+def rows(names: list[str], keys: int = 256) -> list[dict]:
+    return list(benchmark(names, [keys], [0.25], SMALL, device=CPU, dtype=torch.float32, repeats=3))
+
+
+def test_rows_count_what_was_executed() -> None:
+    found = rows(["reference", "sdpa"])
+    assert [row["kind"] for row in found[::2]] == ["dense", "biased", "sparse", "sparse biased"]
+    for row in found:
+        assert row["reason"] is None and row["error"] < 1e-5
+        assert row["density"] == (0.25 if "sparse" in row["kind"] else 1.0)
+        work = 4 * 2 * 64 * 256 * 16 * row["density"]
+        assert row["tflops"] == pytest.approx(work / (row["ms"] / 1e3) / 1e12)
+        assert row["ms_low"] <= row["ms"] <= row["ms_high"]
+    dense = {row["engine"]: row["tflops"] for row in found if row["kind"] == "dense"}
+    for row in found:
+        assert row["of_dense"] == pytest.approx(row["tflops"] / dense[row["engine"]])
+        assert row["of_best"] == pytest.approx(row["tflops"] / max(dense.values()))
+
+
+def test_a_last_block_that_is_short_and_more_queries_than_are_checked() -> None:
+    assert max(row["error"] for row in rows(["sdpa"], keys=250)) < 1e-5
+
+
+@pytest.mark.parametrize("ignored", ["log_count", "plan"])
+def test_an_engine_that_ignores_an_argument_shows(ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(call: engines.AttentionCall) -> tuple[torch.Tensor, None]:
+        options = {"log_count": call.log_count, "plan": call.plan, ignored: None}
+        return engines.attend(call.q, call.k, call.v, engine="reference", **options)[0], None
+
+    original = engines.get
+    wrong = engines.Engine(name="wrong", run=careless)
+    monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    touched = "biased" if ignored == "log_count" else "sparse"
+    for row in rows(["wrong"]):
+        assert (row["error"] > 0.05) == (touched in row["kind"]), row["kind"]
+
+
+def test_what_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(call: engines.AttentionCall) -> tuple[torch.Tensor, None]:
+        raise RuntimeError("out of memory\nand so on")
+
+    original, broken = engines.get, engines.Engine(name="broken", run=fails, takes_plan=False)
+    monkeypatch.setattr("fastar.engines.get", lambda name: broken if name == "broken" else original(name))
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    reasons = [row["reason"] for row in rows(["broken"])]
+    assert reasons == ["out of memory"] * 2 + ["it takes no block plan"] * 2
+    assert all(row["ms"] is None and row["of_dense"] is None for row in rows(["broken"]))
+
+
+def test_a_timing_needs_a_repeat() -> None:
+    with pytest.raises(ValueError, match="at least one repeat"):
+        timed(lambda: None, device=CPU, repeats=0)
+    assert len(cases([0.5, 0.1])) == 6
+
+
+def test_the_command_writes_what_it_prints(
+    composed: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["queries=32", "head_dim=16", "block_q=16", "block_k=16"]
+    overrides = [
+        "keys_per_call=[64]", "densities=[0.5]", "dtype=float32", "matmul_size=64", "repeats=2", "engines=[sdpa]",
+        "device=cpu", f"output={tmp_path}", *(f"geometry.{setting}" for setting in small),
+    ]  # fmt: skip
+    result = run(composed("benchmark", *overrides))
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last == json.loads(json.dumps({"card": result["card"], "rows": result["rows"]}))
+    assert json.loads((tmp_path / "engines.json").read_text())["rows"] == last["rows"]
+    assert last["card"]["matmul_tflops"] > 0 and {row["engine"] for row in last["rows"]} == {"sdpa"}
+    with pytest.raises(ValueError, match="unknown attention engine 'fast': choose one of auto"):
+        run(composed("benchmark", *overrides, "engines=[fast]"))
+    with pytest.raises(ValueError, match="unknown dtype 'float8': choose one of"):
+        run(composed("benchmark", *overrides, "dtype=float8"))
