@@ -326,7 +326,7 @@ def test_recorders_see_every_call_as_it_was_executed() -> None:
 class Sign(Bucketizer):
     """Two buckets: the sign of the first coordinate."""
 
-    def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (queries[..., 0] > 0).long(), (keys[..., 0] > 0).long()
 
 

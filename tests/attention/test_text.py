@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from fastar import engines
-from fastar.ann import ExactMatcher
+from fastar.ann import ExactMatcher, KMeansBucketizer, LSHBucketizer, QuantizedBucketizer
+from fastar.ann.base import Bucketizer
 from fastar.attention import text
 from fastar.attention.context import PassContext
 from fastar.attention.text import Selection, TextStream
 from fastar.engines.reference import attention_weights
-from fastar.sparsity import CrossSelector, DenseCross, PromptKeys, RankedCA
+from fastar.sparsity import AnnCA, CrossSelector, DenseCross, PromptKeys, RankedCA
 from fastar.sparsity.base import Padding
-from fastar.sparsity.prompt_scores import ExactMass, NearestVotes
+from fastar.sparsity.prompt_scores import (
+    ExactMass,
+    LSHCounts,
+    NearestVotes,
+    QuantizedMass,
+    RandomScores,
+    TokenScorer,
+)
 from tests.small import DIM, HEADS, small_loop
 
 LENGTH, WORDS = 12, (7, 4)
@@ -62,11 +70,29 @@ def read(stream: TextStream, context: PassContext, *given: Tensor) -> tuple[Tens
     return engines.attend(given[0], k, v, log_count=log_count, engine="reference")[0], selection
 
 
+def annca(bucketizer: Bucketizer) -> Any:
+    return lambda padding: AnnCA(bucketizer=bucketizer, padding=padding, warmup_share=0.0, min_dense_steps=0)
+
+
+def ranked(scorer: TokenScorer) -> Any:
+    return lambda padding: oracle(padding, scorer=scorer)
+
+
 MAKERS: dict[str, Any] = {
     "dense": DenseCross,
     "nothing": Nothing,
     "oracle": oracle,
-    "votes": lambda padding: oracle(padding, scorer=NearestVotes(matcher=ExactMatcher())),
+    "votes": ranked(NearestVotes(matcher=ExactMatcher())),
+    "counts": ranked(LSHCounts(bits=2, tables=3)),
+    "tables": ranked(LSHCounts(bits=2, tables=3, counted="tables")),
+    "codes": ranked(QuantizedMass(bits=4)),
+    "random": ranked(RandomScores()),
+    **{
+        f"annca {kind.__name__} {centre}": annca(kind(bits=bits, centre=centre))
+        for kind, bits in ((LSHBucketizer, 3), (QuantizedBucketizer, 2))
+        for centre in (True, False)
+    },
+    "annca k-means": annca(KMeansBucketizer(clusters=5)),
 }
 
 
@@ -82,6 +108,17 @@ def test_merged_padding_is_attended_padding_with_less_work(name: str) -> None:
     assert widths["merged"] < widths["attended"]
     dense, _ = engines.attend(*given, engine="reference")
     assert torch.allclose(outs["attended"], dense, atol=1e-6) == (name == "dense")
+
+
+@pytest.mark.parametrize("padding", ["attended", "merged"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_prompt_is_read_alike_alone_and_beside_a_longer_one(name: str, padding: Padding) -> None:
+    given = qkv()
+    together, _ = read(TextStream(MAKERS[name](padding=padding)), STEPS[3], *given)
+    for video in range(len(WORDS)):
+        own = [x[video : video + 1] for x in given]
+        alone, _ = read(TextStream(MAKERS[name](padding=padding)), STEPS[3], *own)
+        torch.testing.assert_close(alone[0], together[video], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("padding", ["attended", "merged"])

@@ -18,7 +18,7 @@ CURRENT, CACHED, HEADS, DIM = 24, 150, 2, 16
 class FirstCoordinate(Bucketizer):
     """The bucket of a vector is its first coordinate, rounded down to whole numbers from 0."""
 
-    def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return queries[..., 0].clamp(min=0).long(), keys[..., 0].clamp(min=0).long()
 
 

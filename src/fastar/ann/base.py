@@ -43,10 +43,11 @@ class Bucketizer(ABC):
     """Assigns content buckets. Deterministic for a seed."""
 
     @abstractmethod
-    def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Buckets of queries [N, n, d] and keys [N, m, d] as int64 [N, n] and [N, m].
 
-        Ids are comparable within one of the N problems only.
+        Ids are comparable within one of the N problems only. Keys that are not `valid` [N, m] change no other bucket,
+        and theirs mean nothing; None: all are.
         """
 
 

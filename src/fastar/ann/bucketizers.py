@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Bucketizer, check_features, seeded_normal
+from fastar.ann.lsh import mean_of_valid
 from fastar.ann.similarity import squared_distance
 
 
@@ -27,13 +28,18 @@ class KMeansBucketizer(Bucketizer):
             )
         self.clusters, self.iterations = clusters, iterations
 
-    def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        check_features(queries, keys)
-        queries, keys = ((x - x.mean(1, keepdim=True)).float() for x in (queries, keys))
+    def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(queries, keys, valid)
+        queries = (queries - queries.mean(1, keepdim=True)).float()
+        keys = (keys - mean_of_valid(keys, valid)).float()
+        valid = torch.ones_like(keys[..., 0], dtype=torch.bool) if valid is None else valid
         count = min(self.clusters, keys.shape[1])
-        centroids = keys[:, torch.arange(count, device=keys.device) * keys.shape[1] // count]
+        spread = torch.arange(count, device=keys.device) * valid.sum(1, keepdim=True) // count
+        first = (~valid).to(torch.int8).argsort(dim=1, stable=True).gather(1, spread)
+        centroids = keys.gather(1, first[..., None].expand(-1, -1, keys.shape[2]))
         for _ in range(self.iterations):
             member = torch.nn.functional.one_hot(squared_distance(keys, centroids).argmin(-1), count).to(keys)
+            member = member * valid[..., None]
             size = member.sum(1)[..., None]
             centroids = torch.where(size > 0, member.mT @ keys / size.clamp_min(1), centroids)
         return squared_distance(queries, centroids).argmin(-1), squared_distance(keys, centroids).argmin(-1)
@@ -52,8 +58,8 @@ class RandomBucketizer(Bucketizer):
             raise ValueError(f"count must be at least 1, got {count}")
         self.count, self.seed = count, seed
 
-    def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        check_features(queries, keys)
+    def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(queries, keys, valid)
         return self._draw(queries, self.seed), self._draw(keys, self.seed + 1)
 
     def _draw(self, x: Tensor, seed: int) -> Tensor:

@@ -46,7 +46,7 @@ class LSHMatcher(Matcher):
         check_features(queries, keys, valid)
         if keys.shape[1] == 0 or queries.shape[1] == 0:
             return no_match(queries)
-        centre = _mean(keys, valid)
+        centre = mean_of_valid(keys, valid)
         planes = seeded_planes(self.seed, keys.shape[2], self.tables * self.bits, like=keys)
         key_signs = self._signs(keys - centre, planes)
         # q.k ranks keys as q.(k - centre) does: only a distance moves the queries too
@@ -91,12 +91,12 @@ class LSHBucketizer(Bucketizer):
         self.bits, self.centre, self.seed = bits, centre, seed
         self.centre_queries = centre if centre_queries is None else centre_queries
 
-    def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        check_features(queries, keys)
+    def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(queries, keys, valid)
         planes = seeded_planes(self.seed, keys.shape[2], self.bits, like=keys)
-        centred = ((queries, self.centre_queries), (keys, self.centre))
-        sides = [x - x.mean(1, keepdim=True) if centre else x for x, centre in centred]
-        return codes_of(sides[0] @ planes), codes_of(sides[1] @ planes)
+        queries = queries - queries.mean(1, keepdim=True) if self.centre_queries else queries
+        keys = keys - mean_of_valid(keys, valid) if self.centre else keys
+        return codes_of(queries @ planes), codes_of(keys @ planes)
 
 
 def check_bits(bits: int, most: int) -> None:
@@ -110,7 +110,8 @@ def codes_of(side: Tensor) -> Tensor:
     return ((side > 0).long() << torch.arange(side.shape[-1], device=side.device)).sum(-1)
 
 
-def _mean(keys: Tensor, valid: Tensor | None) -> Tensor:
+def mean_of_valid(keys: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of the valid keys [N, m, d], [N, 1, d]; None: of all."""
     if valid is None:
         return keys.mean(1, keepdim=True)
     weight = valid[..., None].to(keys.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastar.ann.base import Bucketizer, Matcher, Metric, check_features, seeded_planes
 from fastar.ann.exact import ExactMatcher
+from fastar.ann.lsh import mean_of_valid
 
 
 class QuantizedMatcher(Matcher):
@@ -53,17 +54,20 @@ class QuantizedBucketizer(Bucketizer):
             raise ValueError(f"dims and bits must be positive with dims * bits <= 16, got {dims} and {bits}")
         self.dims, self.bits, self.centre, self.seed = dims, bits, centre, seed
 
-    def buckets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        check_features(queries, keys)
+    def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(queries, keys, valid)
         projection = seeded_planes(self.seed, keys.shape[2], self.dims, like=keys).float()
-        sides = [
-            ((x - x.mean(1, keepdim=True) if self.centre else x).float() @ projection).mT.contiguous()
-            for x in (queries, keys)
-        ]
+        if self.centre:
+            queries, keys = queries - queries.mean(1, keepdim=True), keys - mean_of_valid(keys, valid)
+        sides = [(x.float() @ projection).mT.contiguous() for x in (queries, keys)]
         levels = 2**self.bits
-        joint = torch.cat(sides, -1).sort(dim=-1).values  # [N, dims, n + m]
-        cuts = torch.arange(1, levels, device=joint.device) * joint.shape[-1] // levels
-        edges = joint[..., cuts].contiguous()
+        counted = sides if valid is None else [sides[0], sides[1].masked_fill(~valid[:, None], torch.inf)]
+        joint = torch.cat(counted, -1).sort(dim=-1).values  # [N, dims, n + m], what is not valid last
+        members = torch.full_like(joint[:, :1, :1], joint.shape[-1], dtype=torch.long)
+        if valid is not None:
+            members = members - (~valid).sum(1)[:, None, None]
+        cuts = torch.arange(1, levels, device=joint.device) * members // levels  # [N, 1, levels - 1]
+        edges = joint.gather(-1, cuts.expand(-1, self.dims, -1))
         radix = levels ** torch.arange(self.dims, device=joint.device)[:, None]
         query_ids, key_ids = ((torch.searchsorted(edges, side) * radix).sum(1) for side in sides)
         return query_ids, key_ids

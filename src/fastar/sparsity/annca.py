@@ -21,7 +21,6 @@ from fastar.sparsity.base import (
     check_choice,
 )
 from fastar.sparsity.merge import compact, merge_identical
-from fastar.sparsity.prompt_scores import mean_of_real
 
 __all__ = ["AnnCA", "compact", "merge_identical"]
 
@@ -73,10 +72,9 @@ class AnnCA(CrossSelector):
     def tags(self, q: Tensor, prompt: PromptKeys) -> tuple[Tensor, Tensor]:
         """Prompt-induced buckets of latent queries and prompt keys, int64 [B, H, Lq] and [B, H, S].
 
-        Padding takes no part: buckets may depend on the mean of the keys, which it would drag along.
+        Padding takes no part: buckets may depend on means or quantiles of the keys.
         """
-        keys = torch.where(prompt.real[..., None], prompt.k, mean_of_real(prompt).to(prompt.k.dtype))
-        return bucketize(self.bucketizer, q, keys, shared_heads=self.shared_heads)
+        return bucketize(self.bucketizer, q, prompt.k, prompt.real, shared_heads=self.shared_heads)
 
     def tag(self, q: Tensor, prompt: PromptKeys) -> Tensor:
         return self.tags(q, prompt)[0]

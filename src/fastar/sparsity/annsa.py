@@ -134,11 +134,8 @@ class AnnSA(Selector):
             if request.q_raw is None or request.k_raw is None:
                 raise ValueError("AnnSA with match_space=raw needs q_raw and k_raw in its request")
             q, k = request.q_raw, request.k_raw
-        if request.log_count is not None:
-            # an empty slot holds anything; a live key in its place cannot distort data-dependent buckets
-            empty = request.log_count.expand(k.shape[:3]) == -torch.inf
-            k = torch.where(empty[..., None], k[:, :, -1:], k)
-        return bucketize(self.bucketizer, q, k, shared_heads=self.shared_heads)
+        live = None if request.log_count is None else request.log_count.expand(k.shape[:3]) > -torch.inf
+        return bucketize(self.bucketizer, q, k, live, shared_heads=self.shared_heads)
 
     def _tags(self, request: SelectRequest) -> tuple[Tensor, Tensor]:
         if request.text_tags is None or request.key_tags is None:
@@ -146,15 +143,21 @@ class AnnSA(Selector):
         return request.text_tags.contiguous(), request.key_tags
 
 
-def bucketize(bucketizer: Bucketizer, q: Tensor, k: Tensor, *, shared_heads: bool) -> tuple[Tensor, Tensor]:
+def bucketize(
+    bucketizer: Bucketizer, q: Tensor, k: Tensor, valid: Tensor | None = None, *, shared_heads: bool
+) -> tuple[Tensor, Tensor]:
     """Buckets of q [B, H, Lq, D] and k [B, H, Lk, D] as int64 [B, H, Lq] and [B, H, Lk].
 
-    With `shared_heads` the heads' vectors are concatenated and all heads get the same buckets.
+    Keys that are not `valid` [B, H, Lk] change no other bucket. With `shared_heads` the heads' vectors are concatenated
+    and all heads get the same buckets; a key counts if it is valid in all.
     """
     batch, heads = q.shape[:2]
     if shared_heads:
-        buckets = bucketizer.buckets(q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2))
+        everywhere = None if valid is None else valid.all(1)
+        sides = (x.transpose(1, 2).flatten(2) for x in (q, k))
+        buckets = bucketizer.buckets(*sides, valid=everywhere)
         queries, keys = (ids[:, None].expand(batch, heads, -1).contiguous() for ids in buckets)
         return queries, keys
-    queries, keys = bucketizer.buckets(q.flatten(0, 1), k.flatten(0, 1))
+    each = None if valid is None else valid.flatten(0, 1)
+    queries, keys = bucketizer.buckets(q.flatten(0, 1), k.flatten(0, 1), valid=each)
     return queries.unflatten(0, (batch, heads)), keys.unflatten(0, (batch, heads))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fastar.ann.base import Matcher, seeded_planes
 from fastar.ann.lsh import check_bits, codes_of
 from fastar.ann.quantized import quantize
 from fastar.engines.reference import attention_weights
-from fastar.sparsity.base import PromptKeys
+from fastar.sparsity.base import PromptKeys, check_choice
 
 
 class TokenScorer(ABC):
@@ -51,20 +52,31 @@ class QuantizedMass(TokenScorer):
 class LSHCounts(TokenScorer):
     """Queries that share a token's bucket, summed over several hash tables: co-occupancy as a number.
 
+    Or, with `counted=tables`, the number of tables in which any query does: AnnCA's rule as a score.
+
     Buckets are sign patterns of random hyperplanes. Keys are taken about their mean and queries are not: q.k ranks
     keys as q.(k - mean) does, while the queries' own mean is what all of them ask for, such as a shot's sentence.
 
     Args:
         bits: of a table's code, 1 to 16.
         tables: hash tables.
+        counted: `queries` or `tables`.
         seed: of the hyperplanes.
     """
 
-    def __init__(self, *, bits: int = 4, tables: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        bits: int = 4,
+        tables: int = 16,
+        counted: Literal["queries", "tables"] = "queries",
+        seed: int = 0,
+    ) -> None:
         check_bits(bits, 16)
+        check_choice("counted", counted, ("queries", "tables"))
         if tables < 1:
             raise ValueError(f"tables must be at least 1, got {tables}")
-        self.bits, self.tables, self.seed = bits, tables, seed
+        self.bits, self.tables, self.counted, self.seed = bits, tables, counted, seed
 
     def score(self, q: Tensor, prompt: PromptKeys) -> Tensor:
         keys = prompt.k - mean_of_real(prompt).to(prompt.k.dtype)
@@ -74,7 +86,8 @@ class LSHCounts(TokenScorer):
         # whole numbers: the order of a racing scatter cannot matter
         filled = torch.zeros(*query_codes.shape[:-1], size, device=q.device, dtype=torch.int32)
         filled.scatter_add_(-1, query_codes, torch.ones_like(query_codes, dtype=torch.int32))
-        return filled.gather(-1, key_codes).sum(2).float()
+        shared = filled.gather(-1, key_codes)
+        return (shared if self.counted == "queries" else shared.clamp(max=1)).sum(2).float()
 
     def _codes(self, x: Tensor, planes: Tensor) -> Tensor:
         """[B, H, L, D] -> int64 [B, H, tables, L]."""
@@ -104,18 +117,25 @@ class NearestVotes(TokenScorer):
 
 
 class RandomScores(TokenScorer):
-    """The control: an order of the tokens that knows nothing, the same in every call.
+    """The control: an order of the tokens that knows nothing, the same in every call and for every prompt.
 
     Args:
         seed: of the order.
+        longest: tokens of the longest prompt; the order of fewer depends on it.
     """
 
-    def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, *, seed: int = 0, longest: int = 512) -> None:
+        self.seed, self.longest = seed, longest
 
     def score(self, q: Tensor, prompt: PromptKeys) -> Tensor:
-        order = seeded_planes(self.seed, prompt.k.shape[2], 1, like=prompt.k[..., :0].float())
-        return order[:, 0].expand(prompt.real.shape)
+        if prompt.tokens is None and prompt.k.shape[2] > self.longest:
+            raise ValueError(
+                f"the prompt has {prompt.k.shape[2]} tokens and random scores are for {self.longest}: raise `longest`"
+            )
+        order = seeded_planes(self.seed, self.longest, 1, like=prompt.k[..., :0].float())[:, 0]
+        if prompt.tokens is None:
+            return order[: prompt.k.shape[2]].expand(prompt.real.shape)
+        return order[prompt.tokens]
 
 
 def mean_of_real(prompt: PromptKeys) -> Tensor:
