@@ -10,7 +10,7 @@ from torch import Tensor
 from fastar.attention.context import PassContext, PassKind
 from fastar.attention.state import AttentionState
 from fastar.backbones.prompts import Prompts
-from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedText
+from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedTokens
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import chunk_noise
 
@@ -69,7 +69,7 @@ class Rollout:
         self.prompts = prompts
         dtype = self.transformer.patch_embedding.weight.dtype
         self._text = None if prompts is None else prompts.text(self.device, dtype)
-        self._projected: ProjectedText | None = None
+        self._projected: ProjectedTokens | None = None
 
     @torch.inference_mode()
     def change_prompts(
@@ -204,7 +204,7 @@ class Rollout:
         self.state.end_pass()
         return velocity
 
-    def _prompt(self) -> ProjectedText | None:
+    def _prompt(self) -> ProjectedTokens | None:
         """Keys and values of the prompt in every layer, projected once."""
         if self._projected is None and self._text is not None:
             self._projected = self.transformer.project_text(self._text)
