@@ -62,6 +62,10 @@ class CausalWanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         if config.num_actions is not None:
             self.action_embedding = nn.Embedding(config.num_actions, dim)
+        self.action_rope: RotaryEmbedding | None = None
+        if config.action_module is not None:
+            module = config.action_module
+            self.action_rope = RotaryEmbedding(module.head_dim, module.rope_theta, axis_dims=module.rope_dims)
         self.odometer: Odometer | None = None
         if config.action_motions is not None:
             self.odometer = Odometer(
