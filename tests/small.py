@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from fastar.attention.events import Recorder
 from fastar.attention.rope import RotaryEmbedding
 from fastar.attention.state import AttentionState
 from fastar.backbones import Backbone, Prompts, WanConfig, build_backbone
+from fastar.backbones.reference import BlockCausalAttend
 from fastar.cache import CachePolicy, DenseCache
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
+from fastar.rollout.noise import chunk_noise
 from fastar.rollout.rollout import Rollout
 from fastar.rollout.schedules import uniform_timesteps
 from fastar.sparsity import CrossSelector, Dense, DenseCross, Selector
@@ -132,6 +135,40 @@ def run(rollout: Rollout, *, history: int = 6, generated: int = 6, seed: int = 0
     latents, actions = clip(history + generated, batch=len(rollout.seeds), seed=seed)
     rollout.prefill(latents[:, :history], actions[:, :history])
     return torch.cat(list(rollout.generate(generated, actions[:, history:])), dim=1)
+
+
+def uncached(
+    backbone: Backbone,
+    attend: BlockCausalAttend,
+    loop: ChunkLoop,
+    seeds: Sequence[int],
+    history: Tensor,
+    generated: int,
+    told: Callable[[int], dict[str, Tensor]],
+) -> Tensor:
+    """What a rollout generates after `history`, by forwards over the whole video with no state between them.
+
+    `told(n)` are the transformer's conditions of the first n frames.
+    """
+    video, levels = history, [*loop.timesteps, 0.0]
+    for first in range(history.shape[1], history.shape[1] + generated, loop.chunk_frames):
+        shape = (loop.chunk_frames, *history.shape[2:])
+        noise = [chunk_noise(seeds, first, draw, shape, "cpu") for draw in range(len(levels))]
+        chunk = noise[0]
+        for step, (now, after) in enumerate(pairwise(levels)):
+            timesteps = torch.zeros(len(seeds), first + loop.chunk_frames)
+            timesteps[:, first:] = now
+            whole = torch.cat([video, chunk], dim=1)
+            velocity = backbone.transformer(whole, timesteps, attend=attend, **told(whole.shape[1]))[
+                :, first:
+            ]
+            clean = chunk - now / 1000 * velocity
+            again = (
+                noise[step + 1] if loop.renoise else clean + velocity
+            )  # the noise that the velocity points to
+            chunk = (1 - after / 1000) * clean + after / 1000 * again
+        video = torch.cat([video, chunk], dim=1)
+    return video[:, history.shape[1] :]
 
 
 def configs(group: str) -> dict[str, DictConfig]:

@@ -23,7 +23,7 @@ CONFIG = ActionModuleConfig(
     rope_dims=(8, 4, 4),
     attention_frames=3,
 )
-DIM, GRID, FRAMES, CHUNK, FIRST = 10, (1, 2), 4, 2, 1500
+DIM, GRID, FRAMES, CHUNK, FIRST = 10, (2, 2), 4, 2, 1500
 PLACES, WINDOW = GRID[0] * GRID[1], 12
 
 
@@ -122,7 +122,8 @@ def test_the_module_is_its_definition() -> None:
         action_frames=CONFIG.attention_frames,
     )
     out = module(x, action_windows(CONFIG, mouse=mouse, keyboard=keyboard, num_frames=FRAMES), 0, attend)
-    torch.testing.assert_close(out[1], by_hand(module, x[1], mouse[1], keyboard[1]), rtol=1e-4, atol=1e-4)
+    expected = torch.stack([by_hand(module, *video) for video in zip(x, mouse, keyboard, strict=True)])
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     assert (out - x).abs().max() > 0.5
 
 
