@@ -67,6 +67,26 @@ def text_backbone() -> Backbone:
     return made
 
 
+def image_backbone(**streams: Any) -> Backbone:
+    """One that starts from an image of 6 numbers a token, and has these other streams; no parameter is zero."""
+    torch.manual_seed(0)
+    sizes = {"dim": HEADS * DIM, "num_layers": LAYERS, "num_heads": HEADS, "ffn_dim": 48, "freq_dim": 32}
+    channels = {"in_channels": 2 * CHANNELS + 4, "out_channels": CHANNELS}
+    made = build_backbone(
+        name="image",
+        transformer=WanConfig(**sizes, **channels, image_dim=6, **streams),
+        autoencoder=None,
+        frame_size=(16 * GRID[0], 16 * GRID[1]),
+        chunk_frames=CHUNK,
+        context_frames=6,
+    )
+    with torch.no_grad():
+        for parameter in made.transformer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    made.transformer.eval()
+    return made
+
+
 def poses(backbone: Backbone, actions: Tensor) -> Tensor:
     """Poses [B, F, 3] of a video that starts at the origin."""
     odometer = backbone.transformer.odometer

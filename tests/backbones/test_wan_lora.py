@@ -9,6 +9,7 @@ from torch import Tensor
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.keys import load_weights, to_diffusers_names
 from fastar.backbones.wan.lora import merge_lora
+from tests.backbones.test_wan_keys import WAN_1_3B
 
 CONFIG = WanConfig(dim=24, num_layers=2, num_heads=2, ffn_dim=32, text_dim=8)
 RANK = 3
@@ -78,6 +79,23 @@ def test_alpha_over_rank_is_the_scale_and_the_files_own_alpha_counts() -> None:
     for name, (a, b) in factors().items():
         expected = state[f"{name}.weight"] + scales[name] * b @ a
         torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_longlives_file_fits_the_1_3b_model() -> None:
+    """Rank 256 in every linear layer of the 30 blocks: 300 pairs, named as PEFT names them."""
+    with torch.device("meta"):
+        model = CausalWanTransformer(WAN_1_3B)
+        lora = {
+            peft(name, factor): torch.empty(shape)
+            for name, layer in model.named_modules()
+            if name.startswith("blocks.") and isinstance(layer, torch.nn.Linear)
+            for factor, shape in (("A", (256, layer.in_features)), ("B", (layer.out_features, 256)))
+        }
+    assert len(lora) == 600
+    merged = merge_lora(model.state_dict(), {"generator_lora": lora}, WAN_1_3B, alpha=256)
+    assert {name: t.shape for name, t in merged.items()} == {
+        n: t.shape for n, t in model.state_dict().items()
+    }
 
 
 def test_a_bfloat16_weight_is_rounded_once() -> None:

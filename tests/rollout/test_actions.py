@@ -13,14 +13,14 @@ from torch import Tensor
 from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassKind
 from fastar.attention.events import AttendEvent
-from fastar.backbones import ActionModuleConfig, Backbone, ImageCondition, WanConfig, build_backbone
+from fastar.backbones import ActionModuleConfig, Backbone, ImageCondition
 from fastar.backbones.reference import BlockCausalAttend
 from fastar.backbones.wan.actions import action_windows
 from fastar.cache import CachePolicy, DenseCache, TempCache, WindowCache
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.protocols import TeeCache, lockstep_a
 from fastar.rollout.rollout import Rollout
-from tests.small import CHANNELS, CHUNK, GRID, LATENT, TOKENS, small_loop, uncached
+from tests.small import CHUNK, GRID, LATENT, TOKENS, image_backbone, small_loop, uncached
 
 FRAMES, WINDOW = 12, 5  # the window is no whole number of chunks
 MODULE = ActionModuleConfig(
@@ -37,30 +37,7 @@ EXACT: Callable[[], CachePolicy] = lambda: DenseCache(storage="float32")  # noqa
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    torch.manual_seed(0)
-    made = build_backbone(
-        name="game",
-        transformer=WanConfig(
-            dim=32,
-            num_layers=2,
-            num_heads=2,
-            ffn_dim=48,
-            freq_dim=32,
-            in_channels=2 * CHANNELS + 4,
-            out_channels=CHANNELS,
-            image_dim=6,
-            action_module=MODULE,
-        ),
-        autoencoder=None,
-        frame_size=(16 * GRID[0], 16 * GRID[1]),
-        chunk_frames=CHUNK,
-        context_frames=6,
-    )
-    with torch.no_grad():
-        for parameter in made.transformer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    made.transformer.eval()
-    return made
+    return image_backbone(action_module=MODULE)
 
 
 def world(batch: int = 2) -> tuple[Tensor, Tensor, ImageCondition]:
@@ -206,17 +183,3 @@ def test_a_pass_that_leaves_a_gap_or_a_stream_out_is_refused() -> None:
     streams.replace({("mouse", 0): torch.zeros(2, 1, 1, 2, 4)}, 2)
     with pytest.raises(ValueError, match=r"every action stream of every layer; missing: \[\('mouse', 0\)\]"):
         streams.following()
-
-
-def test_images_that_do_not_fit_are_refused(backbone: Backbone) -> None:
-    image = world()[2]
-    with pytest.raises(
-        ValueError, match="starts from an image and none was given: pass an ImageCondition of 2"
-    ):
-        start(backbone, image=None)
-    with pytest.raises(
-        ValueError, match=r"tokens \[2, S, 6\] and latents \[2, 12, 8, 4, 6\], got \[2, 5, 7\]"
-    ):
-        start(backbone, image=replace(image, tokens=torch.zeros(2, 5, 7)))
-    with pytest.raises(ValueError, match="is of 12 frames and frames 11 to 13 are asked for"):
-        image.known(11, 3)

@@ -32,8 +32,6 @@ class WanAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
 
-    # Under autocast the norms run in their weights' float32; attention gets the projections' dtype.
-
     def queries(self, x: Tensor) -> Tensor:
         """Of x [B, L, dim], heads not split: [B, L, dim] in the norm's dtype."""
         return _normed(self.q(x), self.norm_q)
@@ -197,13 +195,15 @@ def run_in(dtype: torch.dtype, layers: nn.Linear | nn.Sequential, x: Tensor) -> 
     """`layers` on x with both in `dtype`, whatever the weights are stored in."""
     x = x.to(dtype)
     for layer in layers if isinstance(layers, nn.Sequential) else [layers]:
-        linear = isinstance(layer, nn.Linear)
-        x = F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype)) if linear else layer(x)
+        if isinstance(layer, nn.Linear):
+            x = F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
+        else:
+            x = layer(x)
     return x
 
 
 def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """In the dtype of the norm's weight."""
+    """In the dtype of the norm's weight: float32 under autocast, while attention gets that of the projections."""
     return norm(x.to(norm.weight.dtype))
 
 

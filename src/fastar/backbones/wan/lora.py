@@ -72,7 +72,7 @@ def _updates(lora: Mapping[str, object], config: WanConfig) -> dict[str, Update]
     for name, tensor in file.items():
         parts = NAME.fullmatch(name)
         weight = None if parts is None else own_names.get(strip_prefixes(parts["module"]) + ".weight")
-        if parts is None or weight is None:
+        if parts is None or weight is None or not isinstance(tensor, Tensor):
             unexpected.append(name)
         else:
             updates.setdefault(weight, {})[FACTORS[parts["factor"]]] = (name, tensor)
