@@ -17,6 +17,7 @@ from fastar.backbones import ActionModuleConfig, Backbone, ImageCondition
 from fastar.backbones.reference import BlockCausalAttend
 from fastar.backbones.wan.actions import action_windows
 from fastar.cache import CachePolicy, DenseCache, TempCache, WindowCache
+from fastar.engines.training import TeacherForcingAttend
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.protocols import TeeCache, lockstep_a
 from fastar.rollout.rollout import Rollout
@@ -183,3 +184,33 @@ def test_a_pass_that_leaves_a_gap_or_a_stream_out_is_refused() -> None:
     streams.replace({("mouse", 0): torch.zeros(2, 1, 1, 2, 4)}, 2)
     with pytest.raises(ValueError, match=r"every action stream of every layer; missing: \[\('mouse', 0\)\]"):
         streams.following()
+
+
+@torch.inference_mode()
+def test_in_bfloat16_it_does_what_it_does_in_float32(backbone: Backbone) -> None:
+    latents, actions, _ = world()
+    half = image_backbone(action_module=MODULE, numerics="self_forcing")
+    half.transformer.bfloat16()
+    chunks = []
+    for one in (backbone, half):
+        rollout = start(one)
+        rollout.prefill(latents[:, :4], actions[:, :4])
+        chunks.append(rollout.denoise(actions[:, 4:6]))
+    difference = (chunks[0] - chunks[1]).square().mean().sqrt()
+    assert 1e-4 < difference < 0.05 * chunks[0].square().mean().sqrt()
+
+
+def test_training_and_references_without_its_rotation_are_refused(backbone: Backbone) -> None:
+    rope, calls = backbone.transformer.rope, torch.zeros(3, 1, 2, CHUNK, 16)
+    teacher = TeacherForcingAttend(
+        rope, grid=GRID, num_frames=2, chunk_frames=CHUNK, device=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="action module cannot be trained"):
+        teacher("mouse", 0, *calls)
+    with pytest.raises(ValueError, match="pass action_rope"):
+        BlockCausalAttend(rope=rope, grid=GRID, chunk_frames=CHUNK)("keyboard", 0, *calls)
+    state = start(backbone).state
+    state.actions = None
+    state.begin_pass(small_loop().commit_pass(0))
+    with pytest.raises(RuntimeError, match="mouse stream needs a state with actions"):
+        state.attend("mouse", 0, *calls)

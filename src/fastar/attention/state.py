@@ -5,8 +5,6 @@ Per pass: `begin_pass(context)`, then the backbone's forward, which calls `atten
 at once, so that a crash in mid-pass leaves the old state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,11 +138,10 @@ class AttentionState:
             self.actions.drop_from(first_frame)
         self.forget_working_copies()
 
-    def follow(self, other: AttentionState) -> None:
-        """Stand where `other` stands, whose commits have filled this state's cache (protocol A)."""
+    def follow_actions(self, other: "AttentionState") -> None:
+        """Have the past of actions that `other` has, whose commits have filled this state's cache (protocol A)."""
         if self.actions is not None and other.actions is not None:
             self.actions.follow(other.actions)
-        self.forget_working_copies()
 
     def forget_working_copies(self) -> None:
         """Read the cache afresh in the next pass; needed when somebody else has written to it."""

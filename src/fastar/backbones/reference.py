@@ -60,7 +60,8 @@ class FullAttend:
 
     def _attend_actions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keys are one a frame, queries equally many of each."""
-        assert self.action_rope is not None, "a backbone with an action module needs its action_rope"
+        if self.action_rope is None:
+            raise ValueError("a backbone with an action module needs its rotary embedding: pass action_rope.")
         places = grid_positions(self.first_frame, k.shape[2], (1, 1), k.device)
         of_queries = places.repeat_interleave(q.shape[2] // k.shape[2], dim=0)
         return F.scaled_dot_product_attention(

@@ -229,7 +229,8 @@ class Rollout:
     def follow(self, other: "Rollout") -> None:
         """Stand where `other` stands, whose commits have filled this rollout's cache (protocol A)."""
         self.next_frame, self.pose = other.next_frame, other.pose
-        self.state.follow(other.state)
+        self.state.forget_working_copies()
+        self.state.follow_actions(other.state)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-for-bit continuation needs, as copies; a state may be loaded on another device."""

@@ -90,7 +90,7 @@ def action_windows(
     """The actions that each of the first `num_frames` latent frames is told: [B, F, W, mouse_dim + keyboard_dim].
 
     Latent frame f ends at pixel frame 4 f and is told the W = 12 pixel frames up to 4 f - 1; what precedes the first
-    pixel frame is like it.
+    pixel frame is like it. A rollout takes the windows of its frames as its actions.
 
     Args:
         keyboard: [B, P, keyboard_dim] of pixel frames from the video's first on, usually 0 and 1.
