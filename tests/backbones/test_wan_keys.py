@@ -27,8 +27,27 @@ PUBLIC = {  # conf/backbone: tensors, parameters
     "wan_1_3b": (27 * 30 + 15, 1_418_996_800),
     "wan_14b": (27 * 40 + 15, 14_288_491_584),
     "wan_i2v_14b": (32 * 40 + 15 + 8, 16_394_878_784),
+    "skyreels_v2_df_1_3b": (27 * 30 + 15 + 5, 1_435_525_696),
     "matrix_game_2": (27 * 30 + 11 + 8 + 19 * 15, 1_619_242_304),
 }
+
+
+def diffusers_sizes(config: WanConfig) -> dict[str, Any]:
+    """What diffusers calls the sizes of a config."""
+    return {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": config.image_dim,
+        "added_kv_proj_dim": None if config.image_dim is None else config.dim,
+    }
 
 
 def random_state(config: WanConfig) -> dict[str, Tensor]:
@@ -80,7 +99,14 @@ def small_module(mouse_dim: int = 2) -> ActionModuleConfig:
 
 
 @pytest.mark.parametrize(
-    "actions", [{}, {"num_actions": 5}, {"action_module": small_module()}, {"action_module": small_module(0)}]
+    "actions",
+    [
+        {},
+        {"num_actions": 5},
+        {"action_module": small_module()},
+        {"action_module": small_module(0)},
+        {"fps": 24},
+    ],
 )
 @pytest.mark.parametrize("image_dim", [None, 6])
 @pytest.mark.parametrize("text_dim", [None, 8])
@@ -112,20 +138,17 @@ def test_public_models_have_their_tensors_and_both_namings_round_trip(
     assert BackboneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("name", ["wan_1_3b", "wan_i2v_14b"])
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan_i2v_14b", "skyreels_v2_df_1_3b"])
 def test_diffusers_has_the_same_tensors(public: dict[str, Backbone], name: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     config = public[name].config.transformer
-    sizes = {
-        "num_attention_heads": config.num_heads,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
-        "in_channels": config.in_channels,
-        "image_dim": config.image_dim,
-        "added_kv_proj_dim": config.image_dim and config.dim,
-    }
     with torch.device("meta"):
-        theirs = diffusers.WanTransformer3DModel(**sizes).state_dict()
+        if config.fps is None:
+            theirs = diffusers.WanTransformer3DModel(**diffusers_sizes(config)).state_dict()
+        else:
+            theirs = diffusers.SkyReelsV2Transformer3DModel(
+                **diffusers_sizes(config), inject_sample_info=True
+            ).state_dict()
     ours = to_diffusers_names(public[name].transformer.state_dict(), config)
     assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in theirs.items()}
 

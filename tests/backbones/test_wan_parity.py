@@ -11,6 +11,7 @@ from torch.nn import functional
 from fastar.backbones.reference import FullAttend
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.keys import load_weights, to_diffusers_names
+from tests.backbones.test_wan_keys import diffusers_sizes
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -38,28 +39,10 @@ def randomise(model: torch.nn.Module) -> None:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
-def diffusers_model(config: WanConfig, **options: Any) -> torch.nn.Module:
-    made: torch.nn.Module = diffusers.WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        image_dim=config.image_dim,
-        added_kv_proj_dim=None if config.image_dim is None else config.dim,
-        **options,
-    )
-    return made.eval()
-
-
 def twins(config: WanConfig, **options: Any) -> tuple[CausalWanTransformer, torch.nn.Module]:
     """Our model and diffusers' on the same random weights."""
-    ours, theirs = CausalWanTransformer(config).eval(), diffusers_model(config, **options)
+    ours = CausalWanTransformer(config).eval()
+    theirs = diffusers.WanTransformer3DModel(**diffusers_sizes(config), **options).eval()
     randomise(ours)
     theirs.load_state_dict(to_diffusers_names(ours.state_dict(), config), strict=True)
     return ours, theirs
@@ -141,6 +124,26 @@ def test_every_input_of_an_image_model_matters() -> None:
         "text": ours.project_text(given["text"]),
     }
     assert torch.equal(run_ours(ours, projected, timesteps), before)
+
+
+@torch.no_grad()
+def test_the_model_that_is_told_its_frame_rate_equals_diffusers() -> None:
+    """SkyReels-V2-DF 1.3B, with a noise level per frame; diffusers adds frame rates to batches of one alone."""
+    config = replace(TRUE_HEAD, fps=24)
+    ours = CausalWanTransformer(config).eval()
+    randomise(ours)
+    theirs = diffusers.SkyReelsV2Transformer3DModel(**diffusers_sizes(config), inject_sample_info=True).eval()
+    theirs.load_state_dict(to_diffusers_names(ours.state_dict(), config), strict=True)
+    given = {name: tensor[:1] for name, tensor in inputs(config).items()}
+    timesteps = torch.tensor([[0.0, 500.0, 1000.0]])
+    velocity = run_ours(ours, given, timesteps)
+    out = theirs(
+        given["latents"].transpose(1, 2), timesteps, given["text"], enable_diffusion_forcing=True, fps=[1]
+    ).sample
+    assert relative_error(velocity, out.transpose(1, 2)) <= 1e-5
+    slower = CausalWanTransformer(replace(config, fps=16)).eval()
+    slower.load_state_dict(ours.state_dict())
+    assert relative_error(run_ours(slower, given, timesteps), velocity) > 1e-2
 
 
 @torch.no_grad()

@@ -59,7 +59,8 @@ class WanConfig:
     `text_dim` None means no text cross-attention, `image_dim` None none to an image's tokens; with both, the image has
     keys and values of its own (Wan I2V), alone it takes those that text would (Matrix-Game 2.0). Where `in_channels`
     exceed `out_channels`, the rest tells of known frames: 4 of a mask, then their latents. `num_actions` None means no
-    action input; `action_module` is that of Matrix-Game, whose actions are numbers. `action_motions` gives
+    action input; `action_module` is that of Matrix-Game, whose actions are numbers. `fps` is what a model that tells
+    16 frames a second from others is told (SkyReels-V2-DF 1.3B; 24), None for the rest. `action_motions` gives
     (steps forward, degrees to the left) of each action; with it queries and keys also hold their token's ray by
     dead reckoning, in features of these `heading_harmonics` and `position_wavelengths`, for a camera of this
     `field_of_view` in degrees (`fastar.backbones.odometry`). Text shorter than `text_len` is padded with zero
@@ -81,6 +82,7 @@ class WanConfig:
     image_dim: int | None = None
     num_actions: int | None = None
     action_module: ActionModuleConfig | None = None
+    fps: int | None = None
     action_motions: tuple[tuple[float, float], ...] | None = None
     heading_harmonics: tuple[int, ...] = HARMONICS
     position_wavelengths: tuple[float, ...] = WAVELENGTHS

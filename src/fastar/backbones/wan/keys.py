@@ -43,6 +43,9 @@ KEY_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1", BOTH),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2", BOTH),
     ("time_projection.1", "condition_embedder.time_proj", BOTH),
+    ("fps_embedding", "fps_embedding", WEIGHT),
+    ("fps_projection.0", "fps_projection.net.0.proj", BOTH),
+    ("fps_projection.2", "fps_projection.net.2", BOTH),
     ("action_embedding", "action_embedding", WEIGHT),  # ours alone: Wan has no actions
     ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", BARE),
     *(
@@ -86,6 +89,8 @@ def key_pairs(config: WanConfig) -> list[tuple[str, str]]:
             ("cross_attn", text or image),
             ("norm3", text or image),
             *((part, text and image) for part in ("k_img", "v_img", "norm_k_img")),
+            ("fps_embedding", config.fps is not None),
+            ("fps_projection", config.fps is not None),
             ("action_embedding", config.num_actions is not None),
             ("action_model", module is not None),
             *((part.split(".")[0], module is not None and module.mouse_dim > 0) for part in _MOUSE),

@@ -60,6 +60,9 @@ class CausalWanTransformer(nn.Module):
             self.img_emb = ImageEmbedding(config.image_dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.fps is not None:
+            self.fps_embedding = nn.Embedding(2, dim)
+            self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         if config.num_actions is not None:
             self.action_embedding = nn.Embedding(config.num_actions, dim)
         self.action_rope: RotaryEmbedding | None = None
@@ -253,7 +256,11 @@ class CausalWanTransformer(nn.Module):
 
     def _project_time(self, e: Tensor) -> Tensor:
         with torch.autocast(e.device.type, enabled=False):
-            return run_in(e.dtype, self.time_projection, e).unflatten(-1, (6, -1))
+            projected = run_in(e.dtype, self.time_projection, e)
+            if self.config.fps is not None:
+                rate = self.fps_embedding.weight[0 if self.config.fps == 16 else 1]
+                projected = projected + run_in(e.dtype, self.fps_projection, rate)
+            return projected.unflatten(-1, (6, -1))
 
     def _embed_text(self, text: Tensor) -> Tensor:
         text_len = self.config.text_len
