@@ -219,6 +219,12 @@ def test_missing_and_unexpected_names_are_listed_with_counts() -> None:
     assert "1 (blocks.2.modulation) unexpected" in str(error.value)
 
 
+def test_a_name_that_is_there_twice_is_refused() -> None:
+    state = random_state(SMALL)
+    with pytest.raises(ValueError, match=r"more than one tensor of 1 \(head\.head\.bias\); keep one model"):
+        to_wan_names(state | {"model.head.head.bias": torch.zeros(64)}, SMALL)
+
+
 def test_a_wrong_shape_is_named_and_nothing_is_copied() -> None:
     model = CausalWanTransformer(SMALL)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -121,6 +121,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         ValueError, match=r"missing none, first unexpected .*blocks\.2\.ffn\.2\.lora_A\.weight"
     ):
         merge_lora(state, elsewhere, CONFIG)
+    twice = lora | {f"{TARGETS[0]}.lora_down.weight": torch.zeros(3, 24)}
+    with pytest.raises(
+        ValueError, match=r"missing none, first unexpected blocks\.0\.self_attn\.q\.lora_down"
+    ):
+        merge_lora(state, twice, CONFIG)
     with pytest.raises(ValueError, match=r"\(0 tensors\) does not fit"):
         merge_lora(state, {"generator_lora": {}}, CONFIG)
     with pytest.raises(

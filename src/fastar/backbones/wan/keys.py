@@ -7,6 +7,7 @@ norm2.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -140,9 +141,15 @@ def unwrap_container(checkpoint: Mapping[str, object], *, use_ema: bool = True) 
 def to_wan_names(state: Mapping[str, Tensor], config: WanConfig) -> dict[str, Tensor]:
     """A state dict in either naming, prefixes stripped, under Wan's names.
 
-    Raises ValueError, naming the first few, if parameters of the config are missing or others are present.
+    Raises ValueError, naming the first few, if parameters of the config are missing or others are present, or if one
+    is there twice under different prefixes.
     """
     stripped = {strip_prefixes(name): tensor for name, tensor in state.items()}
+    if len(stripped) < len(state):
+        twice = [name for name, times in Counter(map(strip_prefixes, state)).items() if times > 1]
+        raise ValueError(
+            f"The weights hold more than one tensor of {_first(twice)}; keep one model in the file."
+        )
     naming = naming_of(stripped)
     own_of = {theirs if naming == "diffusers" else ours: ours for ours, theirs in key_pairs(config)}
     missing = [name for name in own_of if name not in stripped]

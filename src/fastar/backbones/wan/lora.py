@@ -72,10 +72,12 @@ def _updates(lora: Mapping[str, object], config: WanConfig) -> dict[str, Update]
     for name, tensor in file.items():
         parts = NAME.fullmatch(name)
         weight = None if parts is None else own_names.get(strip_prefixes(parts["module"]) + ".weight")
-        if parts is None or weight is None or not isinstance(tensor, Tensor):
+        factor = None if parts is None else FACTORS[parts["factor"]]
+        known = {} if weight is None else updates.get(weight, {})
+        if factor is None or weight is None or factor in known or not isinstance(tensor, Tensor):
             unexpected.append(name)
         else:
-            updates.setdefault(weight, {})[FACTORS[parts["factor"]]] = (name, tensor)
+            updates.setdefault(weight, {})[factor] = (name, tensor)
     missing = [
         f"{factor} beside {next(iter(update.values()))[0]}"
         for update in updates.values()
