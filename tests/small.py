@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from fastar.attention.events import Recorder
 from fastar.attention.rope import RotaryEmbedding
 from fastar.attention.state import AttentionState
 from fastar.backbones import Backbone, Prompts, WanConfig, build_backbone
+from fastar.backbones.reference import BlockCausalAttend
 from fastar.cache import CachePolicy, DenseCache
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
+from fastar.rollout.noise import chunk_noise
 from fastar.rollout.rollout import Rollout
 from fastar.rollout.schedules import uniform_timesteps
 from fastar.sparsity import CrossSelector, Dense, DenseCross, Selector
@@ -60,6 +63,26 @@ def text_backbone() -> Backbone:
     with torch.no_grad():
         for parameter in made.transformer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
+    made.transformer.eval()
+    return made
+
+
+def image_backbone(**streams: Any) -> Backbone:
+    """One that starts from an image of 6 numbers a token, and has these other streams; no parameter is zero."""
+    torch.manual_seed(0)
+    sizes = {"dim": HEADS * DIM, "num_layers": LAYERS, "num_heads": HEADS, "ffn_dim": 48, "freq_dim": 32}
+    channels = {"in_channels": 2 * CHANNELS + 4, "out_channels": CHANNELS}
+    made = build_backbone(
+        name="image",
+        transformer=WanConfig(**sizes, **channels, image_dim=6, **streams),
+        autoencoder=None,
+        frame_size=(16 * GRID[0], 16 * GRID[1]),
+        chunk_frames=CHUNK,
+        context_frames=6,
+    )
+    with torch.no_grad():
+        for parameter in made.transformer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     made.transformer.eval()
     return made
 
@@ -132,6 +155,40 @@ def run(rollout: Rollout, *, history: int = 6, generated: int = 6, seed: int = 0
     latents, actions = clip(history + generated, batch=len(rollout.seeds), seed=seed)
     rollout.prefill(latents[:, :history], actions[:, :history])
     return torch.cat(list(rollout.generate(generated, actions[:, history:])), dim=1)
+
+
+def uncached(
+    backbone: Backbone,
+    attend: BlockCausalAttend,
+    loop: ChunkLoop,
+    seeds: Sequence[int],
+    history: Tensor,
+    generated: int,
+    told: Callable[[int], dict[str, Tensor]],
+) -> Tensor:
+    """What a rollout generates after `history`, by forwards over the whole video with no state between them.
+
+    `told(n)` are the transformer's conditions of the first n frames.
+    """
+    video, levels = history, [*loop.timesteps, 0.0]
+    for first in range(history.shape[1], history.shape[1] + generated, loop.chunk_frames):
+        shape = (loop.chunk_frames, *history.shape[2:])
+        noise = [chunk_noise(seeds, first, draw, shape, "cpu") for draw in range(len(levels))]
+        chunk = noise[0]
+        for step, (now, after) in enumerate(pairwise(levels)):
+            timesteps = torch.zeros(len(seeds), first + loop.chunk_frames)
+            timesteps[:, first:] = now
+            whole = torch.cat([video, chunk], dim=1)
+            velocity = backbone.transformer(whole, timesteps, attend=attend, **told(whole.shape[1]))[
+                :, first:
+            ]
+            clean = chunk - now / 1000 * velocity
+            again = (
+                noise[step + 1] if loop.renoise else clean + velocity
+            )  # the noise that the velocity points to
+            chunk = (1 - after / 1000) * clean + after / 1000 * again
+        video = torch.cat([video, chunk], dim=1)
+    return video[:, history.shape[1] :]
 
 
 def configs(group: str) -> dict[str, DictConfig]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
+from torch import Tensor
 
 from fastar import engines
 from fastar.attention.context import PassKind
@@ -36,14 +36,12 @@ from fastar.backbones.wan.keys import key_pairs
 from fastar.cache import CachePolicy, DenseCache, EmptyCache, TempCache
 from fastar.metrics.density import executed_pairs
 from fastar.results.store import RunStore
-from fastar.rollout.noise import chunk_noise
 from tests.backbones.test_wan_keys import WAN_1_3B
 from tests.small import (
     CHUNK,
     DIM,
     GRID,
     HEADS,
-    LATENT,
     LAYERS,
     TOKENS,
     clip,
@@ -55,6 +53,7 @@ from tests.small import (
     small_loop,
     small_rollout,
     small_state,
+    uncached,
 )
 from tests.test_repository import EXPERIMENTS, command_of, debug_of, name_of
 
@@ -91,24 +90,14 @@ def test_1_cached_rollout_equals_uncached_block_causal_forward(
     cached = torch.cat(list(rollout.generate(generated, actions[:, history:])), dim=1)
 
     attend = BlockCausalAttend(rope=backbone.transformer.rope, grid=GRID, chunk_frames=CHUNK)
-    video = latents[:, :history]
     conditions = {"actions": actions, "poses": poses(backbone, actions)}
-    levels = [*loop.timesteps, 0.0]
-    for first in range(history, history + generated, CHUNK):
-        noise = [chunk_noise(seeds, first, draw, (CHUNK, *LATENT), "cpu") for draw in range(len(levels))]
-        chunk = noise[0]
-        for step, (now, after) in enumerate(pairwise(levels)):
-            timesteps = torch.zeros(2, first + CHUNK)
-            timesteps[:, first:] = now
-            whole = torch.cat([video, chunk], dim=1)
-            told = {name: value[:, : first + CHUNK] for name, value in conditions.items()}
-            velocity = backbone.transformer(whole, timesteps, attend=attend, **told)[:, first:]
-            clean = chunk - now / 1000 * velocity
-            again = noise[step + 1] if renoise else clean + velocity  # the noise that the velocity points to
-            chunk = (1 - after / 1000) * clean + after / 1000 * again
-        video = torch.cat([video, chunk], dim=1)
+
+    def told(frames: int) -> dict[str, Tensor]:
+        return {name: value[:, :frames] for name, value in conditions.items()}
+
+    expected = uncached(backbone, attend, loop, seeds, latents[:, :history], generated, told)
     assert (run(small_rollout(backbone, EmptyCache)) - run(small_rollout(backbone))).abs().max() > 0.1
-    torch.testing.assert_close(cached, video[:, history:], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(cached, expected, rtol=1e-5, atol=2e-5)
 
 
 # -- 2 -------------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_denoising_leaves_no_trace(state: AttentionState) -> None:
     )
 
 
-@pytest.mark.parametrize("stream", ["self", "text", "image", "actions"])
+@pytest.mark.parametrize("stream", ["self", "text", "image", "mouse", "keyboard"])
 def test_attention_outside_a_pass_is_refused(stream: str) -> None:
     state = small_state(DenseCache())
     with pytest.raises(RuntimeError, match="outside a pass: call begin_pass first"):

@@ -214,7 +214,7 @@ def test_unknown_storage_names_the_choices(backbone: Backbone, tmp_path: Path) -
         ({"frame_size": (32, 40)}, "must be multiples of 16 pixels"),
         (
             {"autoencoder": AutoencoderConfig(latent_channels=8)},
-            "8 latent channels and the transformer reads 16",
+            "8 latent channels and the transformer makes 16",
         ),
     ],
 )

@@ -1,10 +1,16 @@
 """The key table: contract of 825 names for Wan2.1-1.3B, both namings, containers, and what is refused."""
 
+import json
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from fastar.backbones.base import Backbone, BackboneConfig
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
+from fastar.backbones.wan.config import ActionModuleConfig
 from fastar.backbones.wan.keys import (
     key_pairs,
     load_weights,
@@ -13,9 +19,35 @@ from fastar.backbones.wan.keys import (
     to_wan_names,
     unwrap_container,
 )
+from tests.small import configs, make
 
 WAN_1_3B = WanConfig(dim=1536, num_layers=30, num_heads=12, ffn_dim=8960, text_dim=4096, text_len=512)
 SMALL = WanConfig(dim=24, num_layers=2, num_heads=2, ffn_dim=32, text_dim=8)
+PUBLIC = {  # conf/backbone: tensors, parameters
+    "wan_1_3b": (27 * 30 + 15, 1_418_996_800),
+    "wan_14b": (27 * 40 + 15, 14_288_491_584),
+    "wan_i2v_14b": (32 * 40 + 15 + 8, 16_394_878_784),
+    "skyreels_v2_df_1_3b": (27 * 30 + 15 + 5, 1_435_525_696),
+    "matrix_game_2": (27 * 30 + 11 + 8 + 19 * 15, 1_619_242_304),
+}
+
+
+def diffusers_sizes(config: WanConfig) -> dict[str, Any]:
+    """What diffusers calls the sizes of a config."""
+    return {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": config.image_dim,
+        "added_kv_proj_dim": None if config.image_dim is None else config.dim,
+    }
 
 
 def random_state(config: WanConfig) -> dict[str, Tensor]:
@@ -62,14 +94,85 @@ def test_the_affine_norm_changes_its_number_between_the_namings() -> None:
     assert pairs["blocks.1.modulation"] == "blocks.1.scale_shift_table"
 
 
-@pytest.mark.parametrize("num_actions", [None, 5])
+def small_module(mouse_dim: int = 2) -> ActionModuleConfig:
+    return ActionModuleConfig(layers=1, mouse_dim=mouse_dim, num_heads=2, key_embedding=4)
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        {},
+        {"num_actions": 5},
+        {"action_module": small_module()},
+        {"action_module": small_module(0)},
+        {"fps": 24},
+    ],
+)
+@pytest.mark.parametrize("image_dim", [None, 6])
 @pytest.mark.parametrize("text_dim", [None, 8])
-def test_names_of_every_variant_are_the_models_own(text_dim: int | None, num_actions: int | None) -> None:
-    config = WanConfig(
-        dim=24, num_layers=2, num_heads=2, ffn_dim=32, text_dim=text_dim, num_actions=num_actions
-    )
+def test_names_of_every_variant_are_the_models_own(
+    text_dim: int | None, image_dim: int | None, actions: dict[str, Any]
+) -> None:
+    config = replace(SMALL, text_dim=text_dim, image_dim=image_dim, **actions)
     names = [ours for ours, _ in key_pairs(config)]
     assert sorted(names) == sorted(CausalWanTransformer(config).state_dict())
+
+
+@pytest.fixture(scope="module")
+def public() -> dict[str, Backbone]:
+    """The published models, without memory."""
+    made = configs("backbone")
+    return {name: make(made[name], device="meta") for name in PUBLIC}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_models_have_their_tensors_and_both_namings_round_trip(
+    public: dict[str, Backbone], name: str
+) -> None:
+    config, state = public[name].config, public[name].transformer.state_dict()
+    assert (len(state), sum(tensor.numel() for tensor in state.values())) == PUBLIC[name]
+    theirs = to_diffusers_names(state, config.transformer)
+    assert len(theirs) == len(state) and "blocks.3.attn2.to_out.0.bias" in theirs
+    back = to_wan_names(theirs, config.transformer)
+    assert back.keys() == state.keys() and all(back[key] is state[key] for key in state)
+    assert BackboneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan_i2v_14b", "skyreels_v2_df_1_3b"])
+def test_diffusers_has_the_same_tensors(public: dict[str, Backbone], name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = public[name].config.transformer
+    with torch.device("meta"):
+        if config.fps is None:
+            theirs = diffusers.WanTransformer3DModel(**diffusers_sizes(config)).state_dict()
+        else:
+            theirs = diffusers.SkyReelsV2Transformer3DModel(
+                **diffusers_sizes(config), inject_sample_info=True
+            ).state_dict()
+    ours = to_diffusers_names(public[name].transformer.state_dict(), config)
+    assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in theirs.items()}
+
+
+def test_matrix_game_shapes_are_those_of_the_checkpoint(public: dict[str, Backbone]) -> None:
+    state = public["matrix_game_2"].transformer.state_dict()
+    shapes = {
+        "patch_embedding.weight": (1536, 36, 1, 2, 2),
+        "img_emb.proj.1.weight": (1280, 1280),
+        "img_emb.proj.4.bias": (1536,),
+        "blocks.29.cross_attn.k.weight": (1536, 1536),
+        "blocks.14.action_model.mouse_mlp.0.weight": (1024, 1536 + 24),
+        "blocks.0.action_model.mouse_mlp.3.weight": (1024,),
+        "blocks.0.action_model.t_qkv.weight": (3072, 1024),
+        "blocks.0.action_model.img_attn_k_norm.weight": (64,),
+        "blocks.0.action_model.proj_mouse.weight": (1536, 1024),
+        "blocks.0.action_model.keyboard_embed.0.weight": (128, 4),
+        "blocks.0.action_model.keyboard_attn_kv.weight": (2048, 1536),
+        "blocks.0.action_model.mouse_attn_q.weight": (1024, 1536),
+        "head.head.weight": (64, 1536),
+    }
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+    assert not {"blocks.0.cross_attn.k_img.weight", "text_embedding.0.weight"} & state.keys()
+    assert "blocks.15.action_model.t_qkv.weight" not in state
 
 
 def test_both_namings_round_trip() -> None:
@@ -98,6 +201,8 @@ def test_trainer_prefixes_and_containers_are_taken_off() -> None:
     assert torch.equal(model.blocks[0].ffn[0].weight, state["blocks.0.ffn.0.weight"])
     assert unwrap_container(state) is state
     assert strip_prefixes("model.head.head.bias") == "head.head.bias"
+    wrapped = "generator.model._fsdp_wrapped_module.blocks.3._orig_mod.action_model.t_qkv.weight"
+    assert strip_prefixes(wrapped) == "blocks.3.action_model.t_qkv.weight"
 
 
 def test_unwanted_ema_only_file_is_refused() -> None:
@@ -112,6 +217,12 @@ def test_missing_and_unexpected_names_are_listed_with_counts() -> None:
     with pytest.raises(ValueError, match=r"2 \(blocks\.1\.ffn\.2\.bias, head\.modulation\) missing") as error:
         to_wan_names(state, SMALL)
     assert "1 (blocks.2.modulation) unexpected" in str(error.value)
+
+
+def test_a_name_that_is_there_twice_is_refused() -> None:
+    state = random_state(SMALL)
+    with pytest.raises(ValueError, match=r"more than one tensor of 1 \(head\.head\.bias\); keep one model"):
+        to_wan_names(state | {"model.head.head.bias": torch.zeros(64)}, SMALL)
 
 
 def test_a_wrong_shape_is_named_and_nothing_is_copied() -> None:

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from fastar.backbones.reference import BlockCausalAttend, FullAttend
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
+from fastar.backbones.wan.config import ActionModuleConfig
+from fastar.backbones.wan.transformer import ProjectedTokens
 
 CONFIG = WanConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=48, freq_dim=32, num_actions=5)
+MODULE = ActionModuleConfig(layers=1, num_heads=2, key_embedding=4)
 FRAMES, GRID = 6, (2, 3)
 
 
@@ -139,7 +142,7 @@ def test_numerics_agree_in_float32_and_keep_the_stream_where_they_say() -> None:
             lambda module, args, out, numerics=numerics: streams.__setitem__(numerics, out.dtype)
         )
         half = model(latents, timesteps, attend=values_only, actions=actions)
-        assert half.dtype == torch.bfloat16
+        assert half.dtype == (torch.float32 if numerics == "wan" else torch.bfloat16)
         assert (half - outputs[numerics]).abs().max() < 0.1 * outputs[numerics].abs().max()
     assert torch.equal(outputs["wan"], outputs["diffusers"])
     assert torch.equal(outputs["wan"], outputs["self_forcing"])
@@ -228,3 +231,53 @@ def test_projected_text_of_another_model_is_refused() -> None:
         without.project_text(torch.randn(2, 7, 12))
     with pytest.raises(ValueError, match="text_dim is None"):
         without(latents, timesteps, attend=values_only, actions=actions, text=projected)
+
+
+IMAGE_CONFIG = replace(CONFIG, num_actions=None, in_channels=22, image_dim=10, action_module=MODULE)
+
+
+def test_inputs_of_image_and_action_models_that_do_not_fit_are_refused() -> None:
+    model = make_model(IMAGE_CONFIG)
+    latents, timesteps, _ = make_inputs()
+    right = {
+        "actions": torch.zeros(2, FRAMES, 12, 6),
+        "image": torch.zeros(2, 5, 10),
+        "condition": torch.zeros(2, FRAMES, 6, 2 * GRID[0], 2 * GRID[1]),
+    }
+
+    def forward(**changes: Tensor | ProjectedTokens | None) -> Tensor:
+        return model(latents, timesteps, attend=values_only, **(right | changes))
+
+    wrong: list[tuple[dict[str, Tensor | ProjectedTokens | None], str]] = [
+        ({"actions": None}, "num_actions is None, action_module there"),
+        ({"actions": torch.zeros(2, FRAMES)}, r"\(2, 6, 12, 6\), got \(2, 6\): use action_windows"),
+        ({"image": None}, "Pass image exactly when the backbone reads it: image_dim is 10"),
+        ({"image": torch.zeros(2, 5, 9)}, r"image must be \[batch, tokens, 10\], got \(2, 5, 9\)"),
+        ({"image": ((latents, latents),)}, "projected image must be of 2 layers, got 1: use project_image"),
+        ({"condition": None}, r"condition must be \(2, 6, 6, 4, 6\), .* got None"),
+        ({"condition": torch.zeros(2, FRAMES, 5, 4, 6)}, r"\(2, 6, 6, 4, 6\), .* got \(2, 6, 5, 4, 6\)"),
+        ({"text": torch.zeros(2, 3, 8)}, "text_dim is None"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            forward(**change)
+    with pytest.raises(ValueError, match="in_channels 8 hold the out_channels 16"):
+        replace(CONFIG, in_channels=8)
+
+
+def test_every_parameter_of_an_image_model_learns() -> None:
+    torch.manual_seed(0)
+    model = CausalWanTransformer(
+        replace(CONFIG, in_channels=22, image_dim=10, text_dim=8, num_actions=None, fps=24)
+    )
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    latents, timesteps, _ = make_inputs()
+    given = {
+        "image": torch.randn(2, 5, 10),
+        "text": torch.randn(2, 3, 8),
+        "condition": torch.randn(2, FRAMES, 6, 4, 6),
+    }
+    out = model(latents, timesteps, attend=FullAttend(rope=model.rope, grid=GRID), **given)
+    out.square().mean().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []

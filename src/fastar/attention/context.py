@@ -12,7 +12,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Stream = Literal["self", "text", "image", "actions"]
+Stream = Literal["self", "text", "image", "mouse", "keyboard"]
+"""Whose keys are attended to; mouse and keyboard are those of an action module (`fastar.attention.actions`)."""
 
 
 class PassKind(StrEnum):
@@ -54,7 +55,8 @@ class Attend(Protocol):
     """Attention as a backbone sees it: raw projections in, attended values out.
 
     `q` is [B, H, Lq, D]; `k` and `v` are [B, H, Lk, D]: after q/k normalisation, before rotary embedding,
-    which the implementer applies. Returns [B, H, Lq, D].
+    which the implementer applies. Returns [B, H, Lq, D]. In the action streams keys are one a frame; of the mouse each
+    place in the picture is a sequence of the batch.
     """
 
     def __call__(self, stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...

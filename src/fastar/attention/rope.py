@@ -29,13 +29,20 @@ def grid_positions(
 class RotaryEmbedding:
     """Turns adjacent pairs of a head by angles that follow its position (RoPE, Su et al. 2021, on 3 axes).
 
-    `head_dim` D is split over the axes as Wan does: h = w = 2 * (D // 6), t = D - 2 * h. Angles are formed
-    and reduced to [-pi, pi] in float64, so frame 1,000,000 is as exact as frame 0. The rotation itself runs
-    in float32, or in float64 with `double=True` (as the original Wan code does; for parity studies), and the
-    result has x's dtype.
+    `head_dim` D is split over the axes as Wan does, h = w = 2 * (D // 6), t = D - 2 * h, unless `axis_dims` (t, h, w)
+    says otherwise. Angles are formed and reduced to [-pi, pi] in float64, so frame 1,000,000 is as exact as frame
+    0. The rotation itself runs in float32, or in float64 with `double=True` (as the original Wan code does; for
+    parity studies), and the result has x's dtype.
     """
 
-    def __init__(self, head_dim: int, theta: float = 10000.0, *, double: bool = False) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float = 10000.0,
+        *,
+        double: bool = False,
+        axis_dims: tuple[int, int, int] | None = None,
+    ) -> None:
         if head_dim < 6 or head_dim % 2:
             raise ValueError(
                 f"head_dim must be even and at least 6, to be split over three axes; got {head_dim}."
@@ -44,7 +51,9 @@ class RotaryEmbedding:
         self.theta = theta
         self.dtype = torch.float64 if double else torch.float32
         spatial = 2 * (head_dim // 6)
-        self.axis_dims = (head_dim - 2 * spatial, spatial, spatial)
+        self.axis_dims = axis_dims or (head_dim - 2 * spatial, spatial, spatial)
+        if sum(self.axis_dims) != head_dim or any(dim % 2 for dim in self.axis_dims):
+            raise ValueError(f"axis_dims must be even and sum to {head_dim}, got {self.axis_dims}.")
         self._frequencies: dict[torch.device, tuple[Tensor, ...]] = {}
         self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 

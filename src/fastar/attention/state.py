@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastar import engines
+from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
 from fastar.attention.rope import RotaryEmbedding, grid_positions
@@ -45,6 +46,7 @@ class AttentionState:
         rope, grid: the backbone's rotary embedding and tokens per frame (rows, columns).
         num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the calls to come.
         recorders: see every attention call.
+        actions: the past of an action module's streams, for a backbone that has one.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class AttentionState:
         compute_dtype: torch.dtype,
         device: torch.device,
         recorders: Sequence[Recorder] = (),
+        actions: ActionStreams | None = None,
     ) -> None:
         self.cache, self.self_selector, self.cross_selector = cache, self_selector, cross_selector
         self.text = TextStream(cross_selector)
         self.tags = tags_for(self_selector, cross_selector, grid)
         self.engine = engines.resolve(engine, device)
         self.rope, self.grid, self.recorders = rope, grid, list(recorders)
+        self.actions = actions
         if self.tags is not None:
             self.recorders.append(self.tags)
         self.context: PassContext | None = None
@@ -95,6 +99,8 @@ class AttentionState:
         """Announce the pass whose attention calls follow."""
         if self.context is not None:
             raise RuntimeError("begin_pass was called inside a pass: call end_pass or abort_pass first")
+        if self.actions is not None:
+            self.actions.begin_pass(context)
         self.context = context
         self._positions = grid_positions(
             context.first_frame, context.num_frames, self.grid, device=self.device
@@ -108,22 +114,34 @@ class AttentionState:
         context = self._require_context()
         if context.commits:
             try:
+                told = {} if self.actions is None else self.actions.following()
                 self.cache.commit(context.first_frame, context.num_frames)
             except BaseException:
                 self.abort_pass()
                 raise
+            if self.actions is not None:
+                self.actions.replace(told, context.first_frame + context.num_frames)
             self.forget_working_copies()
         self.context = None
 
     def abort_pass(self) -> None:
         """Close a pass that failed: the cache stays as it was before it."""
         self.cache.discard()
+        if self.actions is not None:
+            self.actions.discard()
         self.context = None
 
     def rewrite(self, first_frame: int) -> None:
         """Drop what is cached from `first_frame` on, so that those frames can be committed again (prompt switch)."""
         self.cache.drop_from(first_frame)
+        if self.actions is not None:
+            self.actions.drop_from(first_frame)
         self.forget_working_copies()
+
+    def follow_actions(self, other: "AttentionState") -> None:
+        """Have the past of actions that `other` has, whose commits have filled this state's cache (protocol A)."""
+        if self.actions is not None and other.actions is not None:
+            self.actions.follow(other.actions)
 
     def forget_working_copies(self) -> None:
         """Read the cache afresh in the next pass; needed when somebody else has written to it."""
@@ -136,6 +154,10 @@ class AttentionState:
             return self._attend_self(layer, q, k, v)
         if stream == "text":
             return self._attend_text(layer, q, k, v)
+        if stream in ("mouse", "keyboard"):
+            if self.actions is None:
+                raise RuntimeError(f"the {stream} stream needs a state with actions: see start_rollout")
+            q, k, v = self.actions.prepare(stream, layer, self._require_context(), q, k, v)
         return self._execute(stream, layer, q, k, v, log_count=None, plan=None, candidates=k.shape[2])
 
     def replay(self, event: AttendEvent) -> AttendEvent:
@@ -159,17 +181,20 @@ class AttentionState:
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The cache, and what selectors remember; bit for bit."""
+        """The cache, what selectors remember and the past of actions; bit for bit."""
         if self.context is not None:
             raise RuntimeError("a state can be saved between passes only: call end_pass first")
         tags = {} if self.tags is None else {"tags": self.tags.state_dict()}
-        return {"cache": self.cache.state_dict()} | tags
+        actions = {} if self.actions is None else {"actions": self.actions.state_dict()}
+        return {"cache": self.cache.state_dict()} | tags | actions
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a state with the same configuration."""
         self.cache.load_state_dict(saved["cache"])
         if self.tags is not None:
             self.tags.load_state_dict(saved["tags"], self.device)
+        if self.actions is not None:
+            self.actions.load_state_dict(saved["actions"], self.device)
         self.forget_working_copies()
 
     def _attend_self(self, layer: int, q_raw: Tensor, k_raw: Tensor, v: Tensor) -> Tensor:

@@ -41,10 +41,10 @@ class BackboneConfig:
                 f"frame_size {self.frame_size} must be multiples of {SCALE * self.transformer.patch} pixels "
                 f"(1/{SCALE} latents, patches of {self.transformer.patch})."
             )
-        if self.autoencoder is not None and self.autoencoder.latent_channels != self.transformer.in_channels:
+        if self.autoencoder is not None and self.autoencoder.latent_channels != self.transformer.out_channels:
             raise ValueError(
                 f"The autoencoder makes {self.autoencoder.latent_channels} latent channels and the "
-                f"transformer reads {self.transformer.in_channels}; make them equal."
+                f"transformer makes {self.transformer.out_channels}; make them equal."
             )
 
     @property

@@ -73,6 +73,8 @@ class TeacherForcingAttend:
 
     def __call__(self, stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; q, k, v are [B, H, L, D] before RoPE, L = 2 F tokens for the self stream."""
+        if stream in ("mouse", "keyboard"):
+            raise ValueError("backbones with an action module cannot be trained: their mask is not made here")
         if stream != "self":
             return functional.scaled_dot_product_attention(q, k, v)
         q, k = apply_rotation(q, (self.cos, self.sin)), apply_rotation(k, (self.cos, self.sin))

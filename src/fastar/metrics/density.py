@@ -39,7 +39,7 @@ class DensityRecorder:
 
     Args:
         tokens_per_frame: of the backbone; with it the unbounded dense cache's length is known.
-        stream: self, text, image or actions. For streams other than self, dense means all candidates.
+        stream: self, text, image, mouse or keyboard. For streams other than self, dense means all candidates.
         kinds: passes that count. Prefill is left out: it is not part of generating.
     """
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fastar.attention.actions import ActionStreams
 from fastar.attention.events import Recorder
 from fastar.attention.state import AttentionState
-from fastar.backbones import Backbone, Prompts
+from fastar.backbones import Backbone, ImageCondition, Prompts
 from fastar.backbones.wan.config import WanConfig
+from fastar.backbones.wan.transformer import CausalWanTransformer
 from fastar.cache import CachePolicy, DenseCache
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.rollout import PassTimer, Rollout
@@ -42,6 +44,7 @@ def start_rollout(
     timer: PassTimer | None = None,
     recorders: Sequence[Recorder] = (),
     cache: CachePolicy | None = None,
+    image: ImageCondition | None = None,
 ) -> Rollout:
     """A rollout of `len(seeds)` videos at frame 0.
 
@@ -53,6 +56,7 @@ def start_rollout(
         prompts: one per video, for a backbone that reads text.
         timer, recorders: measure passes and attention calls.
         cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
+        image: what the videos start from, for a backbone that reads one.
 
     Raises:
         ValueError: the method selects by a prompt and the backbone reads none, or it asks a layer that is not there.
@@ -78,6 +82,7 @@ def start_rollout(
         compute_dtype=weight.dtype,
         device=torch.device(weight.device),
         recorders=recorders,
+        actions=_action_streams(backbone.transformer),
     )
     return Rollout(
         backbone.transformer,
@@ -87,7 +92,13 @@ def start_rollout(
         latent_shape=(channels, rows, columns),
         prompts=prompts,
         timer=timer,
+        image=image,
     )
+
+
+def _action_streams(transformer: CausalWanTransformer) -> ActionStreams | None:
+    module, rope = transformer.config.action_module, transformer.action_rope
+    return None if module is None or rope is None else ActionStreams(rope, module.attention_frames)
 
 
 def _check_text(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
 from fastar.attention.state import AttentionState
+from fastar.backbones.conditions import ImageCondition, check_image
 from fastar.backbones.prompts import Prompts
-from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedText
+from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedTokens
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import chunk_noise
 
@@ -37,9 +38,10 @@ class Rollout:
         latent_shape: (channels, height, width) of a latent frame.
         prompts: what the videos shall show, one prompt each; None for a backbone that reads no text.
         timer: measures denoise and commit passes, or None.
+        image: what the videos start from; None for a backbone that starts from noise alone. No part of `state_dict`.
 
     Raises:
-        ValueError: prompts are missing, not asked for, or not one of the right width for each video.
+        ValueError: prompts or an image are missing, not asked for, or not one of the right sizes for each video.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Rollout:
         latent_shape: tuple[int, int, int],
         prompts: Prompts | None = None,
         timer: PassTimer | None = None,
+        image: ImageCondition | None = None,
     ) -> None:
         self.transformer, self.state, self.loop, self.timer = transformer, state, loop, timer
         self.seeds = [int(seed) for seed in seeds]
@@ -61,6 +64,9 @@ class Rollout:
         self.pose = (
             None if transformer.odometer is None else transformer.odometer.start(len(self.seeds), self.device)
         )
+        check_image(image, transformer.config, len(self.seeds), self.latent_shape)
+        self.image = image
+        self._picture: ProjectedTokens | None = None
         self.use_prompts(prompts)
 
     def use_prompts(self, prompts: Prompts | None) -> None:
@@ -69,7 +75,7 @@ class Rollout:
         self.prompts = prompts
         dtype = self.transformer.patch_embedding.weight.dtype
         self._text = None if prompts is None else prompts.text(self.device, dtype)
-        self._projected: ProjectedText | None = None
+        self._projected: ProjectedTokens | None = None
 
     @torch.inference_mode()
     def change_prompts(
@@ -195,6 +201,7 @@ class Rollout:
                 actions=None if actions is None else actions.to(self.device),
                 poses=self._poses(actions),
                 text=self._prompt(),
+                **self._seen(context),
             ).float()
             if context.commits:
                 self._require_finite(velocity, f"{context.kind} pass")
@@ -204,16 +211,26 @@ class Rollout:
         self.state.end_pass()
         return velocity
 
-    def _prompt(self) -> ProjectedText | None:
+    def _prompt(self) -> ProjectedTokens | None:
         """Keys and values of the prompt in every layer, projected once."""
         if self._projected is None and self._text is not None:
             self._projected = self.transformer.project_text(self._text)
         return self._projected
 
+    def _seen(self, context: PassContext) -> dict[str, Any]:
+        """The image's keys and values, projected once, and what is known of the pass's frames."""
+        if self.image is None:
+            return {}
+        condition = self.image.known(context.first_frame, context.num_frames).to(self.device)
+        if self._picture is None:
+            self._picture = self.transformer.project_image(self.image.tokens.to(self.device))
+        return {"image": self._picture, "condition": condition}
+
     def follow(self, other: "Rollout") -> None:
         """Stand where `other` stands, whose commits have filled this rollout's cache (protocol A)."""
         self.next_frame, self.pose = other.next_frame, other.pose
         self.state.forget_working_copies()
+        self.state.follow_actions(other.state)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-for-bit continuation needs, as copies; a state may be loaded on another device."""

@@ -7,6 +7,7 @@ norm2.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -22,14 +23,30 @@ WEIGHT, BIAS, BOTH, BARE = (".weight",), (".bias",), (".weight", ".bias"), ("",)
 _ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
 _PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 
+# Matrix-Game's action module; diffusers has none, files in its naming keep these names.
+_ACTIONS = "blocks.{i}.action_model"
+_KEYBOARD = {"keyboard_embed.0": BOTH, "keyboard_embed.2": BOTH} | dict.fromkeys(
+    ("key_attn_q_norm", "key_attn_k_norm", "mouse_attn_q", "keyboard_attn_kv", "proj_keyboard"), WEIGHT
+)
+_MOUSE = {"mouse_mlp.0": BOTH, "mouse_mlp.2": BOTH, "mouse_mlp.3": BOTH} | dict.fromkeys(
+    ("t_qkv", "img_attn_q_norm", "img_attn_k_norm", "proj_mouse"), WEIGHT
+)
+
 # (Wan's name, diffusers' name, endings); {i} is the block.
 KEY_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("patch_embedding", "patch_embedding", BOTH),
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1", BOTH),
     ("text_embedding.2", "condition_embedder.text_embedder.linear_2", BOTH),
+    *(
+        (f"img_emb.proj.{ours}", f"condition_embedder.image_embedder.{theirs}", BOTH)
+        for ours, theirs in (("0", "norm1"), ("1", "ff.net.0.proj"), ("3", "ff.net.2"), ("4", "norm2"))
+    ),
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1", BOTH),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2", BOTH),
     ("time_projection.1", "condition_embedder.time_proj", BOTH),
+    ("fps_embedding", "fps_embedding", WEIGHT),
+    ("fps_projection.0", "fps_projection.net.0.proj", BOTH),
+    ("fps_projection.2", "fps_projection.net.2", BOTH),
     ("action_embedding", "action_embedding", WEIGHT),  # ours alone: Wan has no actions
     ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", BARE),
     *(
@@ -42,8 +59,12 @@ KEY_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         for ours, theirs in _ATTENTIONS.items()
         for norm in ("norm_q", "norm_k")
     ),
+    ("blocks.{i}.cross_attn.k_img", "blocks.{i}.attn2.add_k_proj", BOTH),
+    ("blocks.{i}.cross_attn.v_img", "blocks.{i}.attn2.add_v_proj", BOTH),
+    ("blocks.{i}.cross_attn.norm_k_img", "blocks.{i}.attn2.norm_added_k", WEIGHT),
     *((f"blocks.{{i}}.self_attn.{ray}", f"blocks.{{i}}.attn1.{ray}", WEIGHT) for ray in ("ray_q", "ray_k")),
     ("blocks.{i}.norm3", "blocks.{i}.norm2", BOTH),
+    *((f"{_ACTIONS}.{part}",) * 2 + (endings,) for part, endings in (_KEYBOARD | _MOUSE).items()),
     ("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj", BOTH),
     ("blocks.{i}.ffn.2", "blocks.{i}.ffn.net.2", BOTH),
     ("head.modulation", "scale_shift_table", BARE),
@@ -51,28 +72,43 @@ KEY_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 CONTAINERS = ("generator_ema", "generator", "model")  # of Self-Forcing's and LongLive's .pt files
-PREFIXES = ("model.", "_fsdp_wrapped_module.")
+# What trainers and libraries put between the parts of a name, anywhere: ours have none of these parts.
+WRAPPERS = frozenset(
+    "model module generator transformer diffusion_model base_model _fsdp_wrapped_module _orig_mod "
+    "_checkpoint_wrapped_module".split()
+)
 
 
 def key_pairs(config: WanConfig) -> list[tuple[str, str]]:
     """(Wan's name, diffusers' name) of every parameter that a transformer of this config has."""
-    absent = [
+    text, image, module = config.text_dim is not None, config.image_dim is not None, config.action_module
+    absent = {
         part
         for part, present in (
-            ("text_embedding", config.text_dim is not None),
-            ("cross_attn", config.text_dim is not None),
-            ("norm3", config.text_dim is not None),
+            ("text_embedding", text),
+            ("img_emb", image),
+            ("cross_attn", text or image),
+            ("norm3", text or image),
+            *((part, text and image) for part in ("k_img", "v_img", "norm_k_img")),
+            ("fps_embedding", config.fps is not None),
+            ("fps_projection", config.fps is not None),
             ("action_embedding", config.num_actions is not None),
+            ("action_model", module is not None),
+            *((part.split(".")[0], module is not None and module.mouse_dim > 0) for part in _MOUSE),
             ("ray_q", config.action_motions is not None),
             ("ray_k", config.action_motions is not None),
         )
         if not present
-    ]
+    }
+
+    def blocks_with(name: str) -> int:
+        return module.layers if module is not None and "action_model" in name else config.num_layers
+
     return [
         (ours.format(i=i) + ending, theirs.format(i=i) + ending)
         for ours, theirs, endings in KEY_TABLE
-        if not any(part in ours.split(".") for part in absent)
-        for i in range(config.num_layers if "{i}" in ours else 1)
+        if absent.isdisjoint(ours.split("."))
+        for i in range(blocks_with(ours) if "{i}" in ours else 1)
         for ending in endings
     ]
 
@@ -83,11 +119,8 @@ def naming_of(names: Iterable[str]) -> Naming:
 
 
 def strip_prefixes(name: str) -> str:
-    """The parameter's name without what trainers wrap around it (`model.`, FSDP's module names)."""
-    name = name.replace("_fsdp_wrapped_module.", "")
-    while name.startswith(PREFIXES):
-        name = next(name.removeprefix(p) for p in PREFIXES if name.startswith(p))
-    return name
+    """The parameter's name without what trainers wrap around it and its parts (`model.`, FSDP's module names)."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def unwrap_container(checkpoint: Mapping[str, object], *, use_ema: bool = True) -> Mapping[str, Tensor]:
@@ -108,9 +141,15 @@ def unwrap_container(checkpoint: Mapping[str, object], *, use_ema: bool = True) 
 def to_wan_names(state: Mapping[str, Tensor], config: WanConfig) -> dict[str, Tensor]:
     """A state dict in either naming, prefixes stripped, under Wan's names.
 
-    Raises ValueError, naming the first few, if parameters of the config are missing or others are present.
+    Raises ValueError, naming the first few, if parameters of the config are missing or others are present, or if one
+    is there twice under different prefixes.
     """
     stripped = {strip_prefixes(name): tensor for name, tensor in state.items()}
+    if len(stripped) < len(state):
+        twice = [name for name, times in Counter(map(strip_prefixes, state)).items() if times > 1]
+        raise ValueError(
+            f"The weights hold more than one tensor of {_first(twice)}; keep one model in the file."
+        )
     naming = naming_of(stripped)
     own_of = {theirs if naming == "diffusers" else ours: ours for ours, theirs in key_pairs(config)}
     missing = [name for name in own_of if name not in stripped]
