@@ -33,7 +33,9 @@ from fastar.results.qualifiers import unfold
 
 RUNS = [RESULTS / f"redundancy_{name}" for name in ("doom", "scenes", "untrained")]
 rows = load(RUNS).query("method == 'dense'")
-rows = rows.assign(model=rows["backbone"].where(rows["weights"] == "trained", rows["backbone"] + ", untrained"))
+rows = rows.assign(
+    model=rows["backbone"].where(rows["weights"] == "trained", rows["backbone"] + ", untrained")
+)
 print(made_of(RUNS))
 
 # %%

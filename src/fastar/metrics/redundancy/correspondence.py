@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastar.data.motion import Motion
-from fastar.metrics.redundancy.means import Means
+from fastar.metrics.redundancy.means import MeanTable
 
 SEARCHES = ("previous", "any")
 """Keys of the frame before, or of all earlier frames."""
@@ -65,7 +65,7 @@ def true_tokens(motion: Motion, positions: Tensor, columns: int) -> TrueTokens:
     return TrueTokens(numbers, own, places, visible, torch.stack(groups))
 
 
-class CorrespondenceAccuracy(Means):
+class CorrespondenceAccuracy(MeanTable):
     """Share of matches that are right, [matchers + 1, searches, distances, layers, heads, groups].
 
     Counted are tokens whose point the frame before showed. A match is right if its frame shows the token's point, at
@@ -83,7 +83,7 @@ class CorrespondenceAccuracy(Means):
 
     def update(
         self, layer: int, scores: Sequence[Tensor], positions: Tensor, live: Tensor, truth: TrueTokens
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Add one call of one video.
 
         Args:
@@ -117,4 +117,4 @@ class CorrespondenceAccuracy(Means):
         for number, distance in enumerate(DISTANCES):
             right = seen & (off <= distance) & counted
             both = (right[:, None] & truth.groups).sum(-1), (counted[:, None] & truth.groups).sum(-1)
-            super().update((matcher, search, number, layer), *both)
+            self._add((matcher, search, number, layer), *both)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastar.metrics.redundancy.means import Means, unit
+from fastar.metrics.redundancy.means import MeanTable, unit
 
 DRIFTS = ("cosine", "centred", "random")
 """Cosine of a token's two vectors; the same less the mean of each side; cosine to the vectors of all other tokens."""
 
 
-class Drift(Means):
+class Drift(MeanTable):
     """Cosines between two lists of vectors that belong together, one by one: [3, layers, regions], of `DRIFTS`.
 
     Args:
@@ -22,7 +22,7 @@ class Drift(Means):
         super().__init__(len(DRIFTS), num_layers, num_regions + 1)
         self.num_regions = num_regions
 
-    def update(self, layer: int, now: Tensor, before: Tensor, regions: Tensor | None = None) -> None:  # type: ignore[override]
+    def update(self, layer: int, now: Tensor, before: Tensor, regions: Tensor | None = None) -> None:
         """Add one call.
 
         Args:
@@ -41,5 +41,5 @@ class Drift(Means):
             for region in range(self.num_regions):
                 if regions is not None:
                     chosen = cosines[..., regions == region]
-                    super().update((kind, layer, region), chosen.sum(), chosen.numel())
-            super().update((kind, layer, self.num_regions), cosines.sum(), cosines.numel())
+                    self._add((kind, layer, region), chosen.sum(), chosen.numel())
+            self._add((kind, layer, self.num_regions), cosines.sum(), cosines.numel())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastar.metrics.redundancy.means import Means
+from fastar.metrics.redundancy.means import MeanTable
 
 LAGS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 """First lag of each bin, frames; the last bin is open. Negative lags (later frames of the same chunk) count as 0."""
@@ -19,7 +19,7 @@ def lag_bins(lags: Tensor, edges: Sequence[int] = LAGS) -> Tensor:
     return torch.bucketize(lags, bounds, right=True)
 
 
-class AttentionByLag(Means):
+class AttentionByLag(MeanTable):
     """Share of attention, and of keys, at each lag: [2, layers, bins], attention first.
 
     Every query, head and call weighs the same. Attention that follows the share of keys does not care for time.
@@ -35,7 +35,7 @@ class AttentionByLag(Means):
 
     def update(
         self, layer: int, weights: Tensor, query_frames: Tensor, key_frames: Tensor, live: Tensor
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Add one call.
 
         Args:
@@ -48,4 +48,4 @@ class AttentionByLag(Means):
         shares = live[..., None, :].double() / live.sum(-1)[..., None, None]
         for kind, values in enumerate((weights.double(), shares.expand(weights.shape))):
             found = values.new_zeros(len(self.edges)).scatter_add(0, bins.flatten(), values.flatten())
-            super().update((kind, layer), found, weights[..., 0].numel())
+            self._add((kind, layer), found, weights[..., 0].numel())

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 
-class Means(Metric):
+class MeanTable(Metric):
     """Sums and counts in a table of fixed size, so that memory does not grow with the number of calls.
+
+    A subclass adds to them in its `update`.
 
     Args:
         shape: of the table.
@@ -27,11 +29,6 @@ class Means(Metric):
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, index: Any, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Add to the part of the table at `index` (as of a tensor) the sum `total` of `count` numbers."""
-        self.total[index] += total
-        self.count[index] += count
-
     def compute(self) -> Tensor:
         """float32 [*shape], NaN where nothing was added."""
         return self.means()
@@ -39,6 +36,19 @@ class Means(Metric):
     def means(self) -> Tensor:
         """As `compute`, without a warning if nothing was added at all."""
         return (self.total / self.count).float()
+
+    def _add(self, index: Any, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Add to the part of the table at `index` (as of a tensor) the sum `total` of `count` numbers."""
+        self.total[index] += total
+        self.count[index] += count
+
+
+class Means(MeanTable):
+    """A table that others add to."""
+
+    def update(self, index: Any, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Add to the part of the table at `index` (as of a tensor) the sum `total` of `count` numbers."""
+        self._add(index, total, count)
 
 
 class Tables(Metric):

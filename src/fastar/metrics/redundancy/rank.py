@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastar.metrics.redundancy.means import Means
+from fastar.metrics.redundancy.means import MeanTable
 from fastar.metrics.redundancy.top_entries import entropy
 
 
@@ -20,7 +20,7 @@ def effective_rank(x: Tensor) -> Tensor:
     return entropy(values / values.sum(-1, keepdim=True).clamp(min=1e-300)).exp()
 
 
-class EffectiveRank(Means):
+class EffectiveRank(MeanTable):
     """Effective rank of what a cache holds: [layers, heads].
 
     Args:
@@ -32,9 +32,9 @@ class EffectiveRank(Means):
         super().__init__(num_layers, num_heads)
         self.centred = centred
 
-    def update(self, layer: int, x: Tensor, live: Tensor) -> None:  # type: ignore[override]
+    def update(self, layer: int, x: Tensor, live: Tensor) -> None:
         """Add a layer's vectors [B, H, S, D]; bool `live` [B, H, S] says which slots are not empty."""
         weight = live[..., None].to(x.dtype)
         if self.centred:
             x = x - (x * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
-        super().update(layer, effective_rank(x * weight).sum(0), x.shape[0])
+        self._add(layer, effective_rank(x * weight).sum(0), x.shape[0])
