@@ -22,6 +22,7 @@ from fastar.data.motion import Motion
 from fastar.data.scenes.dataset import ScenesClips
 from fastar.data.scenes.motion import ScenesMotion
 from fastar.metrics.redundancy import BoundProbe, RedundancyRecorder
+from fastar.metrics.redundancy.rows import pictures_of, rows_of
 from fastar.results import Run, RunStore, load
 from fastar.results.qualifiers import table_rows
 from fastar.results.tables import pivot, spread, to_rich
@@ -189,10 +190,10 @@ class Measured:
     def log(self, run: Run, name: str, clip: int, *, pictures: bool) -> None:
         """Write what was measured of a method as rows of clip number `clip`."""
         recorder = self.watch.recorders[name]
-        run.log(recorder.rows(), clip=clip)
+        run.log(rows_of(recorder), clip=clip)
         for key, table in self.watch.probe.compute(name).items():
             run.log(table_rows(key, table.nanmean(1), layer=range(self._sizes[0])), clip=clip)
-        for frame, values in recorder.pictures() if pictures else ():
+        for frame, values in pictures_of(recorder) if pictures else ():
             run.log(values, clip=clip, frame=frame)
 
 

@@ -65,7 +65,9 @@ METRICS: dict[str, MetricInfo] = {
         "", "", 3, "cosine of a token's queries in consecutive chunks, steps or layers"
     ),
     "value_drift": MetricInfo("", "", 3, "cosine of a place's values in consecutive chunks"),
-    "top_recall": MetricInfo("", "higher", 3, "attention that the largest entries hold at a density"),
+    "top_recall": MetricInfo(
+        "", "higher", 3, "share of the method's attention in its largest entries, at a density"
+    ),
     "top_recall_std": MetricInfo("", "", 3, "standard deviation of top_recall over the heads of a layer"),
     "top_error": MetricInfo("", "lower", 3, "relative error of the output that these entries give"),
     "lag_share": MetricInfo("", "", 3, "share of attention, or of keys, at a lag in frames"),

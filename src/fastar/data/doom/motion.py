@@ -22,7 +22,7 @@ class DoomMotion:
         grid: rows and columns of tokens.
     """
 
-    regions = ("floor", "wall or ceiling")
+    regions: tuple[str, ...] = ("floor", "wall or ceiling")
 
     def __init__(self, pose: Tensor, depth: Tensor, grid: tuple[int, int]) -> None:
         self.pose, self.depth, self.grid = pose, depth.float(), grid

@@ -25,7 +25,7 @@ class ScenesMotion:
         grid: rows and columns of tokens.
     """
 
-    regions = ("background", "thing")
+    regions: tuple[str, ...] = ("background", "thing")
 
     def __init__(self, script: Script, grid: tuple[int, int]) -> None:
         self.grid, self._shown = grid, truth(script)

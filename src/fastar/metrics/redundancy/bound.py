@@ -81,7 +81,9 @@ def displacement(k: Tensor, v: Tensor, event: AttendEvent, assignment: Tensor) -
     kept = v.float().masked_fill(dropped[..., None], 0)
     sums.scatter_add_(2, index[..., None].expand_as(v), kept)
     apart = (event.v.float() - sums / counts.clamp(min=1)[..., None]).norm(dim=-1)
-    log_count = torch.zeros(counts.shape) if event.log_count is None else event.log_count
+    log_count = torch.zeros_like(counts, dtype=torch.float32)
+    if event.log_count is not None:
+        log_count = event.log_count
     offset = (log_count - counts.clamp(min=1).float().log()).abs().expand(counts.shape)
     return Displacement(
         (of_slots(event.k) - k.float()).masked_fill(dropped[..., None], 0),

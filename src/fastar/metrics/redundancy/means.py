@@ -39,8 +39,9 @@ class MeanTable(Metric):
 
     def _add(self, index: Any, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to the part of the table at `index` (as of a tensor) the sum `total` of `count` numbers."""
-        self.total[index] += total
-        self.count[index] += count
+        place = self.total.device
+        self.total[index] += torch.as_tensor(total, device=place)
+        self.count[index] += torch.as_tensor(count, device=place)
 
 
 class Means(MeanTable):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,22 +14,18 @@ from fastar.attention.state import AttentionState
 from fastar.data.motion import Motion
 from fastar.engines.reference import attention_weights
 from fastar.metrics.redundancy.correspondence import (
-    DISTANCES,
-    SEARCHES,
     CorrespondenceAccuracy,
     TrueTokens,
     group_names,
     true_tokens,
 )
-from fastar.metrics.redundancy.drift import DRIFTS, Drift
-from fastar.metrics.redundancy.keys import KINDS, PAIRS, KeySimilarity
+from fastar.metrics.redundancy.drift import Drift
+from fastar.metrics.redundancy.keys import KeySimilarity
 from fastar.metrics.redundancy.lags import AttentionByLag
 from fastar.metrics.redundancy.means import unit
-from fastar.metrics.redundancy.pca import principal_components
 from fastar.metrics.redundancy.prompt import PromptMass
 from fastar.metrics.redundancy.rank import EffectiveRank
-from fastar.metrics.redundancy.top_entries import ENTRIES, TopEntries
-from fastar.results.qualifiers import table_rows
+from fastar.metrics.redundancy.top_entries import TopEntries
 
 SPACES = ("raw", "roped")
 MATCHERS = ("query_raw", "query_roped", "key_raw")
@@ -61,7 +56,7 @@ class RedundancyRecorder:
 
     Committing calls give the keys, values and true correspondences of clean chunks; denoising calls give attention,
     queries and the prompt. Numbers are taken while `active`, but committed queries and values of one chunk are always
-    remembered, to be compared with the next.
+    remembered, to be compared with the next. `fastar.metrics.redundancy.rows` makes rows of the store of the tables.
 
     Args:
         state: of the method, for the positions of its slots.
@@ -87,6 +82,7 @@ class RedundancyRecorder:
         pca_layer: int | None = None,
     ) -> None:
         self.state, self.motion, self.every, self.pca_layer = state, motion, every, pca_layer
+        self.num_layers, self.num_heads = num_layers, num_heads
         self.query_blocks, self.block_q, self.active = query_blocks, block_q, False
         sizes = (num_layers, num_heads)
         regions = () if motion is None else motion.regions
@@ -107,7 +103,7 @@ class RedundancyRecorder:
         self._stepped: dict[int, Tensor] = {}  # by layer: raw queries of the step before
         self._layer_before: Tensor | None = None
         self._truth: tuple[int, TrueTokens] | None = None
-        self._pictures: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=PCA_FRAMES)
+        self.pictures: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=PCA_FRAMES)
 
     def on_attend(self, event: AttendEvent) -> None:
         """Take in one call."""
@@ -218,8 +214,8 @@ class RedundancyRecorder:
         tokens = self.state.grid[0] * self.state.grid[1]
         first = call.past + tokens
         keys = call.k_raw[0, :, call.past : first]
-        both = (x.transpose(0, 1).flatten(1).cpu() for x in (call.q_raw[0, :, :tokens], keys))
-        self._pictures.append((call.event.context.first_frame, *both))
+        queries, keys = (x.transpose(0, 1).flatten(1).cpu() for x in (call.q_raw[0, :, :tokens], keys))
+        self.pictures.append((call.event.context.first_frame, queries, keys))
 
     # -- denoising calls -------------------------------------------------------------------------------------------
 
@@ -248,73 +244,3 @@ class RedundancyRecorder:
         blocks = x.unflatten(2, (-1, self.block_q))
         step = max(1, blocks.shape[2] // self.query_blocks)
         return blocks[:, :, step // 2 :: step].flatten(2, 3)
-
-    # -- results ---------------------------------------------------------------------------------------------------
-
-    def rows(self) -> dict[str, float]:
-        """All tables as values by qualified name; means over heads where a table would be too long."""
-        found: dict[str, float] = {}
-        for part in self._tables():
-            found |= part
-        return found
-
-    def _tables(self) -> Iterator[dict[str, float]]:
-        layers = range(self.lags.total.shape[1])
-        heads = range(self.top.tables["recall"].total.shape[2])  # type: ignore[union-attr]
-        for space, keys in self.keys.items():
-            tables = keys.compute()
-            pairs = {"space": [space], "kind": KINDS, "pairs": PAIRS, "layer": layers}
-            yield table_rows("key_cosine", tables["cosine"].nanmean(3)[None], **pairs)
-            by_head = pairs | {"pairs": PAIRS[:1], "head": heads}
-            yield table_rows("key_cosine_head", tables["cosine"][None, :, :1], **by_head)
-            yield table_rows(
-                "key_above", tables["above"].nanmean(3)[None], **pairs, threshold=keys.thresholds
-            )
-            yield table_rows("key_logit_change", tables["change"].nanmean(3)[None], **pairs)
-            yield table_rows("key_value_change", tables["value_change"].nanmean(3)[None], **pairs)
-            lags = {"space": [space], "kind": KINDS, "layer": layers, "lag": keys.edges}
-            yield table_rows("key_cosine_at", tables["by_lag"].nanmean(2)[None], **lags)
-            yield table_rows(
-                "key_identical", tables["identical"].nanmean(1)[None], space=[space], layer=layers
-            )
-        for name, drift in [*self.queries.items(), ("chunks", self.values)]:
-            if not drift.update_called:  # a method that sees single chunks
-                continue
-            metric = "value_drift" if drift is self.values else "query_drift"
-            kinds = {"kind": DRIFTS, "layer": layers, "region": self.regions}
-            yield table_rows(metric, drift.compute()[None], between=[name], **kinds)
-        for name, table in self.top.compute().items():
-            axes = {"entries": ENTRIES, "layer": layers, "density": self.top.densities}
-            yield table_rows(f"top_{name}", table.mean(2), **axes)
-            if name == "recall":
-                yield table_rows("top_recall_std", table.std(2, correction=0), **axes)
-        yield table_rows(
-            "lag_share", self.lags.compute(), of=("attention", "keys"), layer=layers, lag=self.lags.edges
-        )
-        if self.prompt.update_called:
-            for name, table in self.prompt.compute().items():
-                yield table_rows(f"prompt_{name}", table, layer=layers)
-        for name, rank in self.ranks.items():
-            yield table_rows("effective_rank", rank.compute().mean(1)[None], of=[name], layer=layers)
-        if self.matches.update_called:
-            accuracy = self.matches.compute()
-            axes = {"by": (*MATCHERS, "same_place"), "search": SEARCHES, "within": DISTANCES, "layer": layers}
-            yield table_rows("correspondence", accuracy.nanmean(4), **axes, group=self.groups)
-            axes |= {"search": SEARCHES[:1], "within": DISTANCES[:1]}
-            yield table_rows("correspondence_head", accuracy[:, :1, :1, ..., 0], **axes, head=heads)
-
-    def pictures(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """Principal components of queries and keys: values of each frame that was kept."""
-        if not self._pictures:
-            return
-        frames, queries, keys = zip(*self._pictures, strict=True)
-        parts = {"query": queries, "key": keys}
-        found = {of: principal_components(torch.cat(x), PCA_COMPONENTS) for of, x in parts.items()}
-        for number, frame in enumerate(frames):
-            values: dict[str, float] = {}
-            for of, (along, shares) in found.items():
-                picture = along.unflatten(0, (len(frames), -1))[number]
-                axes = {"of": [of], "token": range(len(picture)), "component": range(PCA_COMPONENTS)}
-                values |= table_rows("pca", picture[None], **axes)
-                values |= table_rows("pca_variance", shares[None], of=[of], component=axes["component"])
-            yield frame, values
