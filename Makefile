@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 WORKERS ?= logical
 ARGS ?=
 
-.PHONY: help setup demo test lint format constraints clean
+.PHONY: help setup demo figures test lint format constraints clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,6 +20,11 @@ setup: ## create or update .venv
 
 demo: setup ## dense against FAST-AR and a window of equal bytes: table, plots, video
 	$(BIN)/python experiments/compare.py experiment=demo $(ARGS)
+
+# Beside what is installed already; the notebooks need no more than the library and these.
+figures: EXTRAS := analysis
+figures: setup ## the figures of analysis/, from the recorded results
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/figures.py
 
 test: setup ## the whole test suite, in parallel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)

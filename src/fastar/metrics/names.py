@@ -49,6 +49,44 @@ METRICS: dict[str, MetricInfo] = {
     "prompt_density": MetricInfo(
         "", "lower", 3, "pairs of queries and prompt tokens, padding included / those of dense, all passes"
     ),
+    # redundancy (fastar/metrics/redundancy, experiments/redundancy.py); names go on with qualifiers, /layer=3
+    "key_cosine": MetricInfo("", "", 3, "cosine of a new key to a cached one, mean over heads"),
+    "key_cosine_head": MetricInfo("", "", 3, "the same by head, nearest keys"),
+    "key_cosine_at": MetricInfo("", "", 3, "the same to the nearest key among those of a lag in frames"),
+    "key_above": MetricInfo(
+        "", "", 3, "share of new keys whose cosine to a cached one is at least threshold"
+    ),
+    "key_identical": MetricInfo(
+        "", "", 4, "share of new keys that equal a cached one up to bfloat16 rounding"
+    ),
+    "key_logit_change": MetricInfo("", "lower", 3, "E_q[(q . dk)^2] / D of a merge of the two keys"),
+    "key_value_change": MetricInfo("", "lower", 3, "relative distance of the values that go with two keys"),
+    "query_drift": MetricInfo(
+        "", "", 3, "cosine of a token's queries in consecutive chunks, steps or layers"
+    ),
+    "value_drift": MetricInfo("", "", 3, "cosine of a place's values in consecutive chunks"),
+    "top_recall": MetricInfo(
+        "", "higher", 3, "share of the method's attention in its largest entries, at a density"
+    ),
+    "top_recall_std": MetricInfo("", "", 3, "standard deviation of top_recall over the heads of a layer"),
+    "top_error": MetricInfo("", "lower", 3, "relative error of the output that these entries give"),
+    "lag_share": MetricInfo("", "", 3, "share of attention, or of keys, at a lag in frames"),
+    "effective_rank": MetricInfo(
+        "", "", 1, "exp of the entropy of a cache's singular values, mean over heads"
+    ),
+    "correspondence": MetricInfo("", "higher", 3, "share of matched keys that show the token's own point"),
+    "correspondence_head": MetricInfo("", "higher", 3, "the same by head, in the frame before"),
+    "error_bound": MetricInfo("", "", 3, "bound on output_error from key distances, mean over heads"),
+    "error_bound_worst": MetricInfo("", "", 3, "the same from the largest distance alone"),
+    "error_first_order": MetricInfo("", "", 3, "first-order estimate of output_error without cancellation"),
+    "prompt_padding_mass": MetricInfo("", "", 3, "attention to the padding of a prompt"),
+    "prompt_padding_share": MetricInfo("", "", 3, "padding / tokens of the padded prompt"),
+    "prompt_entropy": MetricInfo("nat", "", 3, "entropy of attention to the prompt's own tokens"),
+    "prompt_effective": MetricInfo("", "", 1, "effective number of prompt tokens, exp(entropy)"),
+    "prompt_effective_share": MetricInfo("", "", 3, "the same / tokens of the prompt"),
+    "prompt_effective_padded": MetricInfo("", "", 1, "effective number of tokens, padding included"),
+    "pca": MetricInfo("", "", 3, "coordinate along a principal component, the largest is 1"),
+    "pca_variance": MetricInfo("", "", 3, "share of the variance along a principal component"),
     # memory
     "cache_bytes": MetricInfo(
         "B", "lower", 1, "everything the cache keeps: keys, values, scales, counts, positions"

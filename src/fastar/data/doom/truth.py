@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastar.data.doom.camera import HEIGHT, WIDTH
 from fastar.data.doom.raycast import FOCAL_X, FOCAL_Y
 
 RECENT = 16  # frames before a turning point that a short window would still hold
@@ -36,21 +37,27 @@ def unproject(pose: Tensor, depth: Tensor) -> Tensor:
     )
 
 
-def visible(points: Tensor, pose: Tensor, depth: Tensor, *, tolerance: float = 0.03) -> Tensor:
-    """Which points [P, 3] each of K frames (pose [K, 4], depth [K, H, W]) shows: bool [K, P].
+def project(points: Tensor, pose: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where points [P, 3] are in each of K pictures (pose [K, 4]), four tensors [K, P].
 
-    `tolerance` is the relative disagreement in depth that still counts as the same surface.
+    x to the right and y downwards, in [-1, 1] inside the picture; depth along the view axis; and 1 / depth.
     """
-    height, width = depth.shape[-2:]
     offset = points[None] - pose[:, None, :3]  # [K, P, 3]
     cosine, sine = (f(torch.deg2rad(pose[:, 3]))[:, None] for f in (torch.cos, torch.sin))
     ahead = offset[..., 0] * cosine + offset[..., 1] * sine
     right = offset[..., 0] * sine - offset[..., 1] * cosine
     nearness = 1 / ahead.clamp(min=1.0)  # a camera never comes nearer than CLEARANCE to anything it looks at
-    x, y = (
-        FOCAL_X * right * nearness / (width / 2),
-        -FOCAL_Y * offset[..., 2] * nearness / (height / 2),
-    )  # in [-1, 1]
+    x = FOCAL_X * right * nearness / (WIDTH / 2)
+    y = -FOCAL_Y * offset[..., 2] * nearness / (HEIGHT / 2)
+    return x, y, ahead, nearness
+
+
+def visible(points: Tensor, pose: Tensor, depth: Tensor, *, tolerance: float = 0.03) -> Tensor:
+    """Which points [P, 3] each of K frames (pose [K, 4], depth [K, H, W]) shows: bool [K, P].
+
+    `tolerance` is the relative disagreement in depth that still counts as the same surface.
+    """
+    x, y, ahead, nearness = project(points, pose)
     inside = (ahead > 1.0) & (x.abs() < 1) & (y.abs() < 1)
     sampled = functional.grid_sample(
         1 / depth.float()[:, None],

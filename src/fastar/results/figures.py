@@ -1,0 +1,66 @@
+"""What the notebooks of analysis/ share: where results and figures are, panels, one line on how runs were made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastar.results.files import read_summary
+from fastar.results.loading import load_runs
+from fastar.results.plots import save_figure
+
+ANALYSIS = Path(__file__).resolve().parents[3] / "analysis"
+RESULTS, FIGURES = ANALYSIS / "results", ANALYSIS / "figures"
+PAPER = "#8C8C8C"
+"""Grey: what the paper reports, of other models and other data."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A published figure; notebooks show it."""
+
+    path: Path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+
+def panels(
+    rows: int, columns: int, *, width: float = 3.3, height: float = 2.9
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of `rows` x `columns` panels of so many inches each; no pyplot, nothing global."""
+    figure = Figure(figsize=(width * columns, height * rows), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.tick_params(labelsize=8)
+        panel.xaxis.label.set_fontsize(8.5)
+        panel.yaxis.label.set_fontsize(8.5)
+    return figure, axes.tolist()
+
+
+def publish(figure: Figure, name: str) -> Picture:
+    """Write `name`.png and `name`.pdf into `FIGURES`."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes every time
+    save_figure(figure, FIGURES / f"{name}.png")
+    return Picture(FIGURES / f"{name}.png")
+
+
+def made_of(pattern: str | Path | Sequence[str | Path]) -> str:
+    """What runs were made on, in one line: backbones, seeds, hardware, torch, code."""
+    runs = load_runs(pattern)
+    made = [(read_summary(Path(folder)) or {})["environment"] for folder in runs["folder"]]
+    seeds = [seed if isinstance(seed, tuple) else (seed,) for seed in runs["seed"]]
+    device = [each["cpu"] if each["device"] in (None, "cpu") else each["device"] for each in made]
+    said = {
+        "backbone": runs["backbone"],
+        "seeds": [str(min(each)) if len(each) == 1 else f"{min(each)} to {max(each)}" for each in seeds],
+        "hardware": device,
+        "torch": [each["packages"]["torch"] for each in made],
+        "code": [str(each["git"]["commit"])[:8] for each in made],
+    }
+    return "; ".join(f"{name} {', '.join(sorted(set(map(str, values))))}" for name, values in said.items())
