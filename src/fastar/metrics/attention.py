@@ -41,7 +41,9 @@ class AttentionProbe:
         if not self.active or event.stream != "self":
             return
         replays = {name: state.replay(event) for name, state in self.states.items()}
-        members = {name: self._members(name, replayed) for name, replayed in replays.items()}
+        members = {
+            name: self._members(name, replayed, event.current_keys) for name, replayed in replays.items()
+        }
         recalls: dict[str, list[Tensor]] = {name: [] for name in replays}
         for heads in _parts(event):
             dense = attention_weights(event.q[:, heads], event.k[:, heads])
@@ -58,12 +60,12 @@ class AttentionProbe:
             error = relative_output_error(replayed.out, event.out)
             self._found[name].append((torch.cat(recalls[name], 1).mean(dim=1), error.mean(dim=1)))
 
-    def _members(self, name: str, replayed: AttendEvent) -> Tensor:
-        """The slot of every original token, and of the current chunk's, which are their own: [B, H, tokens]."""
+    def _members(self, name: str, replayed: AttendEvent, own: int) -> Tensor:
+        """The slot of every original token, and of the pass's `own`, which are their own: [B, H, tokens]."""
         view = self.states[name].cache.view(replayed.layer)
         past = self._lineages[name].assignment(replayed.layer, view)
         keys = replayed.k.shape[2]
-        current = torch.arange(keys - replayed.q.shape[2], keys, device=past.device)
+        current = torch.arange(keys - own, keys, device=past.device)
         return torch.cat([past, current.expand(*past.shape[:2], -1)], 2)
 
     def scores(self, name: str) -> dict[str, list[float]]:

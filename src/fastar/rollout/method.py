@@ -42,6 +42,7 @@ def start_rollout(
     timer: PassTimer | None = None,
     recorders: Sequence[Recorder] = (),
     cache: CachePolicy | None = None,
+    end_frame: int | None = None,
 ) -> Rollout:
     """A rollout of `len(seeds)` videos at frame 0.
 
@@ -53,6 +54,7 @@ def start_rollout(
         prompts: one per video, for a backbone that reads text.
         timer, recorders: measure passes and attention calls.
         cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
+        end_frame: where the videos end; see `Rollout`.
 
     Raises:
         ValueError: the method selects by a prompt and the backbone reads none, or it asks a layer that is not there.
@@ -87,6 +89,7 @@ def start_rollout(
         latent_shape=(channels, rows, columns),
         prompts=prompts,
         timer=timer,
+        end_frame=end_frame,
     )
 
 
