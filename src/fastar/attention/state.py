@@ -6,6 +6,7 @@ at once, so that a crash in mid-pass leaves the old state.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,6 +171,15 @@ class AttentionState:
         return self._execute(
             stream, layer, context, q, k, v, log_count=None, plan=None, candidates=k.shape[2]
         )
+
+    @contextmanager
+    def unmeasured(self) -> Iterator[None]:
+        """Passes that repeat earlier ones: no measure sees them."""
+        kept, self.recorders = self.recorders, [] if self.tags is None else [self.tags]
+        try:
+            yield
+        finally:
+            self.recorders = kept
 
     def replay(self, event: AttendEvent) -> AttendEvent:
         """What this method makes of another rollout's self-attention call: its queries and its current chunk, own past.

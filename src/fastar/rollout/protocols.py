@@ -15,6 +15,7 @@ method's errors add up over the passes of a chunk, as in any loop, and through t
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -120,25 +121,25 @@ def lockstep_a(
         if student.state.tags is not None:
             teacher.state.recorders.append(CommittedTags(student.state.tags))
     following = start + done * step
-    for first in range(
-        replay(teacher, trajectory, actions, start, 0 if several else done), trajectory.shape[1], step
-    ):
-        part = slice(first, first + step)
-        needed = _actions(actions, first, teacher.loop.frames_in_flight)
-        for student in students.values():
+    begin = replay(teacher, trajectory, actions, start, 0 if several else done)
+    for first in range(begin, trajectory.shape[1], step):
+        needed, again = _actions(actions, first, teacher.loop.frames_in_flight), first < following
+        chunks: dict[str, Tensor] = {}
+        for name, student in students.items():
             student.follow(teacher)
-        chunks = {name: student.denoise(needed) for name, student in students.items()}
-        looks = probe is not None and first in look_at and first >= following
+            with student.state.unmeasured() if again else nullcontext():
+                chunks[name] = student.denoise(needed)
+        looks = probe is not None and first in look_at and not again
+        if probe is not None:
+            probe.active = looks
         if looks or several:  # last: it replays calls with the tags that the students had
-            if probe is not None:
-                probe.active = looks
             teacher.denoise(needed)
-            if probe is not None:
-                probe.active = False
-        if first >= following:
+        if probe is not None:
+            probe.active = False
+        if not again:
             for name, chunk in chunks.items():
                 yield first, name, chunk
-        teacher.commit(trajectory[:, part], _actions(actions, first, step))
+        teacher.commit(trajectory[:, first : first + step], _actions(actions, first, step))
 
 
 def lockstep_b(
