@@ -22,6 +22,7 @@ from fastar.attention.text import Selection, TextStream
 from fastar.cache.base import CachePolicy, CacheSpec, Staged
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import CrossSelector, Selector, SelectRequest
+from fastar.sparsity.base import Scheduled
 
 
 @dataclass
@@ -157,8 +158,11 @@ class AttentionState:
         for name, keeper in self._keepers().items():
             keeper.restore_in_flight(saved.get(name, {}), self.device)
 
-    def _keepers(self) -> dict[str, Selector | CrossSelector | PromptTags]:
-        keepers = {"self": self.self_selector, "cross": self.cross_selector}
+    def _keepers(self) -> dict[str, Scheduled | PromptTags]:
+        keepers: dict[str, Scheduled | PromptTags] = {
+            "self": self.self_selector,
+            "cross": self.cross_selector,
+        }
         return keepers if self.tags is None else keepers | {"tags": self.tags}
 
     def attend(self, stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
