@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,13 @@ def started(
     cache: Callable[[], CachePolicy] = exact,
     *,
     end_frame: int | None = None,
+    seeds: Sequence[int] = (5,),
     recorders: Any = (),
     **method: Any,
 ) -> Rollout:
     given = prompts() if backbone.config.transformer.text_dim else None
     return start_rollout(
-        backbone, Method(name="test", cache=cache, **method), loop=loop, seeds=[5], prompts=given,
+        backbone, Method(name="test", cache=cache, **method), loop=loop, seeds=seeds, prompts=given,
         recorders=recorders, end_frame=end_frame,
     )  # fmt: skip
 
@@ -65,7 +66,8 @@ def actions(frames: int) -> Tensor:
 def generated(rollout: Rollout, frames: int) -> Tensor:
     """The video from where the rollout stands to frame `frames`, where it ends."""
     first = rollout.next_frame
-    return torch.cat(list(rollout.generate(frames - first, actions(frames)[:, first:])), dim=1)
+    told = actions(frames)[:, first:].expand(len(rollout.seeds), -1)
+    return torch.cat(list(rollout.generate(frames - first, told)), dim=1)
 
 
 class Passes:

@@ -121,6 +121,16 @@ def test_steps_follow_the_rule_of_diffusion_forcing(steps: int, stagger: int) ->
     assert found == expected
 
 
+@pytest.mark.parametrize("name", STAGGERED)
+def test_a_video_in_flight_is_the_same_in_any_batch(backbone: Backbone, name: str) -> None:
+    """Up to the order of sums: chunks in flight draw their noise each by seed and place."""
+    both, one = (
+        generated(started(backbone, LOOPS[name], seeds=seeds, end_frame=15), 15) for seeds in ((4, 5), (5,))
+    )
+    torch.testing.assert_close(both[1:], one, rtol=0, atol=2e-5)
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
 def test_as_many_steps_behind_as_there_are_is_one_chunk_at_a_time(backbone: Backbone) -> None:
     loop = LOOPS["self_forcing"]
     fields = {name: getattr(loop, name) for name in ("chunk_frames", "timesteps", "renoise")}

@@ -168,6 +168,14 @@ def test_saved_on_the_way_and_resumed_to_the_same_bits(
         assert resumed.next_frame == 9 and torch.equal(generated(resumed, frames), wanted)
 
 
+def test_chunks_in_flight_go_on_in_a_loop_that_keeps_them(backbone: Backbone) -> None:
+    rollout = started(backbone, LOOPS["rolling_forcing"])
+    rollout.step(actions(15))
+    other = started(backbone, LOOPS["longlive"])
+    with pytest.raises(ValueError, match="has 4 chunks in flight, more than this loop keeps between steps"):
+        other.load_state_dict(rollout.state_dict())
+
+
 @pytest.mark.parametrize("method", RESUMED)
 @pytest.mark.parametrize("name", STAGGERED)
 def test_a_pass_that_fails_can_be_repeated(

@@ -65,9 +65,9 @@ class PromptTags:
             cached: int64 [B, H, S, 3], where the tokens of the cached slots stand, or None if there are none.
         """
         source = layer if self.selector.tag_layer is None else self.selector.tag_layer
-        known = self._current.get(context.first_frame, {})
         if context.kind == PassKind.REWRITE:
             return None, None  # frames that are rewritten start afresh, maybe under another prompt
+        known = self._current.get(context.first_frame, {})
         earlier = [s for s in known if context.kind != PassKind.DENOISE or s < context.step]
         own = known[max(earlier)].get(source) if earlier else None
         if own is None:

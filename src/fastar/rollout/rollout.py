@@ -251,18 +251,23 @@ class Rollout:
         """Continue from `state_dict()`.
 
         Raises:
-            ValueError: the saved rollout had other seeds, or prompts where this one has none.
+            ValueError: the saved rollout had other seeds, prompts where this one has none, or more chunks in flight.
         """
         if list(saved["seeds"]) != self.seeds:
             raise ValueError(
                 f"the saved rollout has seeds {saved['seeds']}, this one {self.seeds}: use the same seeds"
             )
+        flying = saved.get("in_flight", [])
+        if len(flying) > self.loop.most_in_flight - 1:
+            raise ValueError(
+                f"the saved rollout has {len(flying)} chunks in flight, more than this loop keeps between steps: "
+                "continue it with the rollout=... that it was made with"
+            )
         prompts = saved.get("prompts")  # states from before there were prompts have none
         self.use_prompts(None if prompts is None else Prompts.from_state(prompts))
         self.next_frame = int(saved["next_frame"])
         self._flight = [
-            InFlight(**(chunk | {"latents": chunk["latents"].to(self.device)}))
-            for chunk in saved.get("in_flight", [])
+            InFlight(**(chunk | {"latents": chunk["latents"].to(self.device)})) for chunk in flying
         ]
         self._advanced = None
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)

@@ -151,10 +151,11 @@ class RankedCA(CrossSelector):
         }
 
     def restore_in_flight(self, saved: dict[int, Any], device: torch.device) -> None:
-        self._chunks = {first: _Scored(**kept) for first, kept in saved.items()}
-        for chunk in self._chunks.values():
-            for kept in (chunk.scores, chunk.gathered):
-                kept.update({layer: scores.to(device) for layer, scores in kept.items()})
+        self._chunks = {}
+        for first, kept in saved.items():
+            chunk = self._chunks[first] = _Scored(**kept)
+            chunk.scores = {layer: scores.to(device) for layer, scores in chunk.scores.items()}
+            chunk.gathered = {layer: scores.to(device) for layer, scores in chunk.gathered.items()}
 
 
 def best_share(scores: Tensor, real: Tensor, share: float) -> Tensor:
