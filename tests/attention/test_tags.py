@@ -16,6 +16,7 @@ from fastar.attention.state import AttentionState
 from fastar.attention.tags import CommittedTags, tags_for
 from fastar.cache import CachePolicy, DenseCache, TempCache, WindowCache
 from fastar.engines.plan import WILDCARD
+from fastar.rollout.loops import StaggeredLoop
 from fastar.sparsity import AnnSA, Dense, DenseCross, PromptKeys, Selector, SelectRequest, TokenTags
 from tests.small import CHUNK, DIM, GRID, HEADS, LAYERS, TOKENS, small_loop, small_state
 
@@ -57,7 +58,8 @@ def told(context: PassContext, layer: int) -> Tensor:
     """A tag for every token of the pass [1, H, L], no two alike in a rollout: at most 2^24, which float32 holds."""
     tokens = torch.arange(context.num_frames * TOKENS) + context.first_frame * TOKENS
     heads = torch.arange(HEADS)[:, None] + HEADS * layer
-    number = 9 if context.kind != PassKind.DENOISE else context.step
+    steps = [9 if part.kind != PassKind.DENOISE else part.step for part in context.parts]
+    number = torch.tensor(steps).repeat_interleave(len(tokens) // len(steps))
     return (tokens * 100 + heads * 10 + number)[None]
 
 
@@ -128,6 +130,39 @@ def test_queries_have_the_tags_of_the_pass_before_and_slots_those_of_their_commi
             if request.log_count is not None:
                 live = (request.log_count[..., :cached] > -torch.inf).expand_as(live)
             assert live.any() and torch.equal(request.key_tags[..., :cached][live], expected[live])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_in_flight_have_the_tags_of_their_own_pass_before(causal: bool) -> None:
+    """A chunk that has just been begun has none; of others in flight nobody asks; all are gone with their commit."""
+    state, spy = started("window")
+    loop = StaggeredLoop(chunk_frames=CHUNK, timesteps=[1000, 700, 400], stagger=1, causal=causal)
+    size, steps = CHUNK * TOKENS, []
+    for number in range(4):
+        for context in loop.denoise_passes(number * CHUNK, steps):
+            spy.requests.clear()
+            run_pass(state, context)
+            steps = [part.step + 1 for part in context.parts]
+            requests = {(request.layer, request.context.first_frame): request for request in spy.requests}
+            assert len(requests) == LAYERS * len(steps)
+            for (layer, first), request in requests.items():
+                part, place = request.context, (first - context.first_frame) // CHUNK
+                assert request.num_current == (place + 1 if causal else len(steps)) * size
+                if part.step == 0:
+                    assert request.text_tags is None and request.key_tags is None
+                    continue
+                before = told(replace(part, step=part.step - 1), layer)
+                assert request.text_tags is not None and request.key_tags is not None
+                assert request.key_tags.shape[2] == request.k.shape[2]
+                current = request.key_tags[..., -request.num_current :].split(size, dim=2)
+                assert torch.equal(request.text_tags, before) and torch.equal(current[place], before)
+                others = [tags for chunk, tags in enumerate(current) if chunk != place]
+                assert all((tags == WILDCARD).all() for tags in others)
+        steps = steps[1:]
+        assert state.in_flight()["tags"].keys() == {(number + n) * CHUNK for n in range(3)}
+        run_pass(state, loop.commit_pass(number * CHUNK))
+        assert spy.requests[-1].text_tags is not None, "a commit has those of its last step"
+        assert state.in_flight()["tags"].keys() == {(number + n) * CHUNK for n in (1, 2)}
 
 
 def test_only_what_asks_for_tags_pays_for_them() -> None:

@@ -87,6 +87,27 @@ def test_stopped_by_signals_and_resumed_bit_by_bit(
     assert torch.equal(load_file(one)["latents"], load_file(other)["latents"])
 
 
+@pytest.mark.parametrize("protocol", ["A", "C"])
+def test_chunks_in_flight_are_resumed_bit_by_bit(
+    tiny: Tiny, tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense, which is held against its own trajectory in protocol A, reproduces it."""
+    arguments = (
+        "rollout=rolling_forcing", "method=[dense,annsa]", f"protocols=[{protocol}]", "seeds=[3]", "frames=12",
+        "save_every=100", "rollout.timesteps.steps=[1000,600,200]", "attention_chunks=0", "videos=0",
+    )  # fmt: skip
+    whole = tiny(*arguments, "name=whole")
+    Comparison(whole, open_session(whole)).run()
+    assert run_with_stops(tiny(*arguments, "name=parts"), 5, signal.SIGTERM, monkeypatch) >= 1
+    pd.testing.assert_frame_equal(untimed(tmp_path / "parts"), untimed(tmp_path / "whole"), check_exact=True)
+    rows = load(tmp_path / "whole")
+    errors = rows[(rows["metric"] == "latent_error") & (rows["protocol"] == protocol)].set_index("method")[
+        "value"
+    ]
+    assert len(errors["annsa"]) == 3 and errors["annsa"].max() > 0
+    assert protocol == "C" or (errors["dense"] == 0).all()
+
+
 def test_a_run_of_another_process_is_waited_for_and_taken_from_the_store(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

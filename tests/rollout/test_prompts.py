@@ -166,7 +166,7 @@ def test_annca_drops_prompt_tokens_on_the_text_stream(backbone: Backbone, name: 
 CACHES = configs("cache")
 REFUSES = {"tempcache_paper"}
 """Caches that merge frames as they arrive and keep none apart."""
-FORGETS_NOTHING_ELSE = {"dense", "empty"}
+FORGETS_NOTHING_ELSE = {"dense", "empty", "stock"}
 """Caches of which any number of frames can be taken back."""
 
 

@@ -31,6 +31,11 @@ class PassContext:
 
     `timesteps` holds one noise level per frame, 0 (clean) to 1000 (noise). `step` of `num_steps` is the index
     of the denoising step; commit and prefill passes leave them at 0 of 1.
+
+    A pass over several chunks in flight, each at a step of its own, lists them in `chunks`, oldest first. Attention
+    goes through them one by one, and what selects or measures sees one of these, never the whole. Each says in
+    `in_flight` which frames [first, stop) the pass covers; its tokens read them beside the cache: all of them, or, if
+    `causal`, its own and earlier ones.
     """
 
     kind: PassKind
@@ -39,6 +44,25 @@ class PassContext:
     timesteps: tuple[float, ...]
     step: int = 0
     num_steps: int = 1
+    chunks: tuple[PassContext, ...] = ()
+    in_flight: tuple[int, int] | None = None
+    causal: bool = False
+
+    @property
+    def parts(self) -> tuple[PassContext, ...]:
+        """The chunks in flight, or the pass itself if it is of one chunk."""
+        return self.chunks or (self,)
+
+    @property
+    def pass_frames(self) -> tuple[int, int]:
+        """Frames [first, stop) that the whole pass covers."""
+        return self.in_flight or (self.first_frame, self.first_frame + self.num_frames)
+
+    @property
+    def visible(self) -> tuple[int, int]:
+        """Those of them that its tokens read."""
+        first, stop = self.pass_frames
+        return first, self.first_frame + self.num_frames if self.causal else stop
 
     @property
     def commits(self) -> bool:

@@ -36,6 +36,12 @@ class AttendEvent:
     candidates: int
     selection: Selection | None = None
 
+    @property
+    def current_keys(self) -> int:
+        """Keys of the pass itself in the self stream: the last ones, after those of the cache."""
+        first, stop = self.context.visible
+        return self.q.shape[2] // self.context.num_frames * (stop - first)
+
 
 class Recorder(Protocol):
     """Sees every attention call of a rollout."""

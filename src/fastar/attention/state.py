@@ -5,8 +5,9 @@ Per pass: `begin_pass(context)`, then the backbone's forward, which calls `atten
 at once, so that a crash in mid-pass leaves the old state.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
 from fastar.attention.rope import RotaryEmbedding, grid_positions
-from fastar.attention.tags import tags_for
+from fastar.attention.tags import PromptTags, tags_for
 from fastar.attention.text import Selection, TextStream
 from fastar.cache.base import CachePolicy, CacheSpec, Staged
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import CrossSelector, Selector, SelectRequest
+from fastar.sparsity.base import Scheduled
 
 
 @dataclass
@@ -33,6 +35,15 @@ class _Working:
     log_count: Tensor | None
     cached: int  # slots before the current chunk
     positions: Tensor | None  # [B, H, cached, 3]
+    origins: Tensor | None  # the same, where the tokens stand in the video
+
+    def until(self, keys: int) -> "_Working":
+        """The first `keys` of the current ones, with all that is cached."""
+        stop = self.cached + keys
+        if stop == self.k.shape[2]:
+            return self
+        log_count = None if self.log_count is None else self.log_count[:, :, :stop]
+        return replace(self, k=self.k[:, :, :stop], v=self.v[:, :, :stop], log_count=log_count)
 
 
 class AttentionState:
@@ -102,6 +113,8 @@ class AttentionState:
         if self.actions is not None:
             self.actions.begin_pass(context)
         self.context = context
+        if self.cache.enter(context):
+            self.forget_working_copies()
         self._positions = grid_positions(
             context.first_frame, context.num_frames, self.grid, device=self.device
         )
@@ -121,7 +134,7 @@ class AttentionState:
                 raise
             if self.actions is not None:
                 self.actions.replace(told, context.first_frame + context.num_frames)
-            self.forget_working_copies()
+            self.cache_changed(context.first_frame + context.num_frames)
         self.context = None
 
     def abort_pass(self) -> None:
@@ -138,18 +151,41 @@ class AttentionState:
             self.actions.drop_from(first_frame)
         self.forget_working_copies()
 
+    def cache_changed(self, next_frame: int) -> None:
+        """Frames before `next_frame` are committed, by this state or by somebody else: read the cache afresh."""
+        self.forget_working_copies()
+        for keeper in self._keepers().values():
+            keeper.forget(next_frame)
+
     def follow_actions(self, other: "AttentionState") -> None:
         """Have the past of actions that `other` has, whose commits have filled this state's cache (protocol A)."""
         if self.actions is not None and other.actions is not None:
             self.actions.follow(other.actions)
 
     def forget_working_copies(self) -> None:
-        """Read the cache afresh in the next pass; needed when somebody else has written to it."""
+        """Copy what the cache keeps once more in the next pass."""
         self._working.clear()
+
+    def in_flight(self) -> dict[str, Any]:
+        """What is remembered of chunks in flight, of which there have been passes; empty if there are none."""
+        found = {name: keeper.in_flight() for name, keeper in self._keepers().items()}
+        return {name: kept for name, kept in found.items() if kept}
+
+    def restore_in_flight(self, saved: dict[str, Any]) -> None:
+        """Remember what `in_flight` returned, and nothing else."""
+        for name, keeper in self._keepers().items():
+            keeper.restore_in_flight(saved.get(name, {}), self.device)
+
+    def _keepers(self) -> dict[str, Scheduled | PromptTags]:
+        keepers: dict[str, Scheduled | PromptTags] = {
+            "self": self.self_selector,
+            "cross": self.cross_selector,
+        }
+        return keepers if self.tags is None else keepers | {"tags": self.tags}
 
     def attend(self, stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The backbone's one call: q, k, v [B, H, L, D] before RoPE -> [B, H, Lq, D]."""
-        self._require_context()
+        context = self._require_context()
         if stream == "self":
             return self._attend_self(layer, q, k, v)
         if stream == "text":
@@ -157,19 +193,31 @@ class AttentionState:
         if stream in ("mouse", "keyboard"):
             if self.actions is None:
                 raise RuntimeError(f"the {stream} stream needs a state with actions: see start_rollout")
-            q, k, v = self.actions.prepare(stream, layer, self._require_context(), q, k, v)
-        return self._execute(stream, layer, q, k, v, log_count=None, plan=None, candidates=k.shape[2])
+            q, k, v = self.actions.prepare(stream, layer, context, q, k, v)
+        return self._execute(
+            stream, layer, context, q, k, v, log_count=None, plan=None, candidates=k.shape[2]
+        )
+
+    @contextmanager
+    def unmeasured(self) -> Iterator[None]:
+        """Passes that repeat earlier ones: no measure sees them."""
+        kept, self.recorders = self.recorders, [] if self.tags is None else [self.tags]
+        try:
+            yield
+        finally:
+            self.recorders = kept
 
     def replay(self, event: AttendEvent) -> AttendEvent:
         """What this method makes of another rollout's self-attention call: its queries and its current chunk, own past.
 
         Nothing is staged and no recorder sees it. Call it between passes of this state.
         """
-        context, current = event.context, event.q.shape[2]
+        context, current = event.context, event.current_keys
         k, v = event.k[:, :, -current:], event.v[:, :, -current:]
         self.begin_pass(context)  # for its positions
         try:
-            working, plan = self._prepare(event.layer, context, event.q, k, v)
+            working = self._fill(event.layer, k, v)
+            plan = self._plan(event.layer, context, event.q, working)
         finally:
             self.context = None
         out, _ = engines.attend(
@@ -186,13 +234,16 @@ class AttentionState:
             raise RuntimeError("a state can be saved between passes only: call end_pass first")
         tags = {} if self.tags is None else {"tags": self.tags.state_dict()}
         actions = {} if self.actions is None else {"actions": self.actions.state_dict()}
-        return {"cache": self.cache.state_dict()} | tags | actions
+        in_flight = self.in_flight()
+        kept = {"in_flight": in_flight} if in_flight else {}
+        return {"cache": self.cache.state_dict()} | tags | actions | kept
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a state with the same configuration."""
         self.cache.load_state_dict(saved["cache"])
         if self.tags is not None:
             self.tags.load_state_dict(saved["tags"], self.device)
+        self.restore_in_flight(saved.get("in_flight", {}))
         if self.actions is not None:
             self.actions.load_state_dict(saved["actions"], self.device)
         self.forget_working_copies()
@@ -202,43 +253,70 @@ class AttentionState:
         q, k = self.rope.rotate(q_raw, self._positions), self.rope.rotate(k_raw, self._positions)
         if context.commits:
             self.cache.stage(layer, Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=self._positions))
-        working, plan = self._prepare(layer, context, q, k, v, q_raw, k_raw)
-        return self._execute(
-            "self", layer, q, working.k, working.v,
-            log_count=working.log_count, plan=plan, candidates=working.k.shape[2],
-        )  # fmt: skip
+        working, outs = self._fill(layer, k, v), []
+        for part, rows, keys in self._parts(context):
+            seen, raw = working.until(keys), (q_raw[:, :, rows], k_raw[:, :, :keys])
+            plan = self._plan(layer, part, q[:, :, rows], seen, raw)
+            outs.append(
+                self._execute(
+                    "self", layer, part, q[:, :, rows], seen.k, seen.v,
+                    log_count=seen.log_count, plan=plan, candidates=seen.k.shape[2],
+                )
+            )  # fmt: skip
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _prepare(
+    def _parts(self, context: PassContext) -> Iterator[tuple[PassContext, slice, int]]:
+        """The chunks of a pass: which queries are theirs, and how many of the pass's keys they see."""
+        tokens = self.grid[0] * self.grid[1]
+        for part in context.parts:
+            start = (part.first_frame - context.first_frame) * tokens
+            seen = (part.visible[1] - context.first_frame) * tokens
+            yield part, slice(start, start + part.num_frames * tokens), seen
+
+    def _fill(self, layer: int, k: Tensor, v: Tensor) -> _Working:
+        """Keys and values of the past and of the current pass, k and v [B, H, L, D]."""
+        working = self._working_of(layer, k)
+        working.k[:, :, working.cached :] = k
+        working.v[:, :, working.cached :] = v
+        return working
+
+    def _plan(
         self,
         layer: int,
         context: PassContext,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_raw: Tensor | None = None,
-        k_raw: Tensor | None = None,
-    ) -> tuple[_Working, BlockPlan | None]:
-        """Keys and values of past and current chunk, and the pairs to compute. Raw vectors are undone if not given."""
-        working = self._working_of(layer, k)
-        working.k[:, :, working.cached :] = k
-        working.v[:, :, working.cached :] = v
+        working: _Working,
+        raw: tuple[Tensor, Tensor] | None = None,
+    ) -> BlockPlan | None:
+        """The pairs to compute of a chunk's queries. `raw`: its queries and the current keys before RoPE, or undone."""
         if self.self_selector.is_dense(layer, context):
-            return working, None
-        if q_raw is None or k_raw is None:
-            q_raw, k_raw = self.rope.unrotate(q, self._positions), self.rope.unrotate(k, self._positions)
-        return working, self.self_selector.plan(self._request(layer, context, q, q_raw, k_raw, working))
+            return None
+        if raw is None:
+            first, stop = context.visible
+            own = (first, stop - first) == (context.first_frame, context.num_frames)
+            places = self._positions if own else grid_positions(first, stop - first, self.grid, self.device)
+            current = working.k[:, :, working.cached :]
+            raw = (self.rope.unrotate(q, self._positions), self.rope.unrotate(current, places))
+        return self.self_selector.plan(self._request(layer, context, q, *raw, working))
 
     def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        candidates = k.shape[2]
-        k, v, log_count, selection = self.text.prepare(layer, self._require_context(), q, k, v)
-        return self._execute(
-            "text", layer, q, k, v, log_count=log_count, plan=None, candidates=candidates, selection=selection
-        )
+        outs = []
+        for part, rows, _ in self._parts(self._require_context()):
+            own = q[:, :, rows]
+            short_k, short_v, log_count, selection = self.text.prepare(layer, part, own, k, v)
+            outs.append(
+                self._execute(
+                    "text", layer, part, own, short_k, short_v,
+                    log_count=log_count, plan=None, candidates=k.shape[2], selection=selection,
+                )
+            )  # fmt: skip
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _execute(
         self,
         stream: Stream,
         layer: int,
+        context: PassContext,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -250,9 +328,7 @@ class AttentionState:
     ) -> Tensor:
         out, _ = engines.attend(q, k, v, log_count=log_count, plan=plan, engine=self.engine)
         if self.recorders:
-            event = AttendEvent(
-                stream, layer, self._require_context(), q, k, v, log_count, plan, out, candidates, selection
-            )
+            event = AttendEvent(stream, layer, context, q, k, v, log_count, plan, out, candidates, selection)
             for recorder in self.recorders:
                 recorder.on_attend(event)
         return out
@@ -264,7 +340,8 @@ class AttentionState:
             view = self.cache.view(layer)
             cached = view.k.shape[2]
             shape = (*k.shape[:2], cached + k.shape[2], k.shape[3])
-            working = _Working(k.new_empty(shape), k.new_empty(shape), None, cached, view.positions)
+            origins = view.positions if view.origins is None else view.origins
+            working = _Working(k.new_empty(shape), k.new_empty(shape), None, cached, view.positions, origins)
             if cached:
                 working.k[:, :, :cached], working.v[:, :, :cached] = view.k, view.v
             if cached and view.log_count is not None:
@@ -284,7 +361,7 @@ class AttentionState:
                 raw = torch.cat([past, k_raw], dim=2)
         text_tags, key_tags = None, None
         if self.tags is not None:
-            text_tags, key_tags = self.tags.of(layer, context, working.positions, q.shape[2])
+            text_tags, key_tags = self.tags.of(layer, context, working.origins)
         return SelectRequest(
             layer=layer,
             context=context,

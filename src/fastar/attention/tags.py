@@ -34,8 +34,8 @@ class PromptTags:
     def __init__(self, selector: CrossSelector, grid: tuple[int, int]) -> None:
         self.selector, self.grid = selector, grid
         self._committed: dict[int, Tensor] = {}  # int32 [B, H, frames * rows * columns]
-        self._current: dict[int, dict[int, Tensor]] = {}  # by step and layer: int64 [B, H, Lq]
-        self._first_frame = -1
+        # of chunks in flight, by first frame, step and layer: int64 [B, H, Lq]
+        self._current: dict[int, dict[int, dict[int, Tensor]]] = {}
 
     def on_attend(self, event: AttendEvent) -> None:
         """Tag the tokens of a call of cross-attention."""
@@ -46,34 +46,40 @@ class PromptTags:
         tags = self.selector.tag(event.q, event.selection.prompt)
         context = event.context
         if context.kind == PassKind.DENOISE:
-            if context.first_frame != self._first_frame:
-                self._first_frame, self._current = context.first_frame, {}
-            for later in [step for step in self._current if step > context.step]:
-                del self._current[later]  # the chunk is started over
-            self._current.setdefault(context.step, {})[event.layer] = tags
+            own = self._current.setdefault(context.first_frame, {})
+            for later in [step for step in own if step > context.step]:
+                del own[later]  # the chunk is started over
+            own.setdefault(context.step, {})[event.layer] = tags
         else:
             self._commit(event.layer, context, tags)
 
     def of(
-        self, layer: int, context: PassContext, cached: Tensor | None, queries: int
+        self, layer: int, context: PassContext, cached: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Tags of the queries [B, H, Lq] and of all keys [B, H, S + Lq], int64; None for both in a chunk's first pass.
+        """Tags of the queries [B, H, Lq] and of all keys [B, H, S + Lk], int64; None for both in a chunk's first pass.
+
+        Keys of the cache come first, then those of the frames in flight, of which only the chunk's own are tagged.
 
         Args:
             layer, context: of the call of self-attention.
-            cached: int64 [B, H, S, 3], positions of the cached slots' keys, or None if there are none.
-            queries: tokens of the current chunk; its keys come last.
+            cached: int64 [B, H, S, 3], where the tokens of the cached slots stand, or None if there are none.
         """
         source = layer if self.selector.tag_layer is None else self.selector.tag_layer
-        if context.first_frame != self._first_frame or context.kind == PassKind.REWRITE:
+        if context.kind == PassKind.REWRITE:
             return None, None  # frames that are rewritten start afresh, maybe under another prompt
-        earlier = [s for s in self._current if context.kind != PassKind.DENOISE or s < context.step]
-        own = self._current[max(earlier)].get(source) if earlier else None
+        known = self._current.get(context.first_frame, {})
+        earlier = [s for s in known if context.kind != PassKind.DENOISE or s < context.step]
+        own = known[max(earlier)].get(source) if earlier else None
         if own is None:
             return None, None
-        if cached is None or cached.shape[2] == 0:
-            return own, own
-        return own, torch.cat([self._at(source, cached), own], dim=2)
+        first, stop = context.visible
+        tokens = own.shape[2] // context.num_frames
+        around = (context.first_frame - first, stop - context.first_frame - context.num_frames)
+        before, after = (own.new_full((*own.shape[:2], frames * tokens), WILDCARD) for frames in around)
+        keys = [before, own, after] if any(around) else [own]
+        if cached is not None and cached.shape[2]:
+            keys = [self._at(source, cached), *keys]
+        return own, keys[0] if len(keys) == 1 else torch.cat(keys, dim=2)
 
     def state_dict(self) -> dict[int, Tensor]:
         """Committed tags by layer, as copies on the CPU."""
@@ -82,7 +88,24 @@ class PromptTags:
     def load_state_dict(self, saved: dict[int, Tensor], device: torch.device) -> None:
         """Continue from `state_dict`."""
         self._committed = {layer: tags.to(device) for layer, tags in saved.items()}
-        self._current, self._first_frame = {}, -1
+        self._current = {}
+
+    def forget(self, next_frame: int) -> None:
+        """Frames before `next_frame` are committed: the tags of their passes are over."""
+        self._current = {first: known for first, known in self._current.items() if first >= next_frame}
+
+    def in_flight(self) -> dict[int, dict[int, dict[int, Tensor]]]:
+        """Tags of chunks in flight by first frame, step and layer: each one's last step, which the next pass reads."""
+        return {first: {max(known): dict(known[max(known)])} for first, known in self._current.items()}
+
+    def restore_in_flight(self, saved: dict[int, dict[int, dict[int, Tensor]]], device: torch.device) -> None:
+        """Go on from `in_flight`."""
+        self._current = {
+            first: {
+                step: {layer: tags.to(device) for layer, tags in by.items()} for step, by in known.items()
+            }
+            for first, known in saved.items()
+        }
 
     def _commit(self, layer: int, context: PassContext, tags: Tensor) -> None:
         """Write the tags of committed frames; those of frames that were never tagged are read by every query."""

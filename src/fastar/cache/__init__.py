@@ -7,6 +7,7 @@ from fastar.cache.head_errors import HeadErrors
 from fastar.cache.headwise import HeadwiseCache
 from fastar.cache.key_norm import KeyNormCache
 from fastar.cache.random import RandomCache
+from fastar.cache.stock import StockWindow
 from fastar.cache.tempcache import TempCache
 from fastar.cache.tempcache_paper import TempCachePaper
 from fastar.cache.window import WindowCache
@@ -22,6 +23,7 @@ __all__ = [
     "KeyNormCache",
     "RandomCache",
     "Staged",
+    "StockWindow",
     "TempCache",
     "TempCachePaper",
     "WindowCache",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastar.attention.context import PassContext
 from fastar.attention.rope import RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -65,12 +66,14 @@ class CacheView:
         log_count: float32 [B, H, S], the logarithm of the tokens a slot stands for, -inf for an empty slot; None if
             every slot is one token.
         positions: int64 [B, H, S, 3], (frame, row, column) that the key is roped to; None if S is 0.
+        origins: the same, where the tokens stand in the video; None: `positions`.
     """
 
     k: Tensor
     v: Tensor
     log_count: Tensor | None
     positions: Tensor | None
+    origins: Tensor | None = None
 
 
 class CachePolicy(ABC):
@@ -100,6 +103,10 @@ class CachePolicy(ABC):
         if self._spec is not None:
             raise ValueError("this cache already serves a rollout: create a new one for the next")
         self._spec = spec
+
+    def enter(self, context: PassContext) -> bool:
+        """Learn which pass reads the views to come; whether they may differ from those of the pass before."""
+        return False
 
     @abstractmethod
     def view(self, layer: int) -> CacheView:

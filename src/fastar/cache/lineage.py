@@ -58,8 +58,9 @@ class Lineage:
         """Slot of `view` that holds each token, or `DROPPED`: int64 [B, H, T]."""
         batch, heads, slots, _ = view.k.shape
         holder = torch.full((batch, heads, self.num_tokens + 1), DROPPED, device=view.k.device)
-        if view.positions is not None:
-            token, known = self._find(pack_positions(view.positions))
+        places = view.positions if view.origins is None else view.origins
+        if places is not None:
+            token, known = self._find(pack_positions(places))
             if view.log_count is not None:
                 known &= view.log_count > -torch.inf
             own = torch.arange(slots, device=token.device).expand_as(token)

@@ -36,7 +36,9 @@ def calibrate(config: DictConfig) -> HeadErrors:
             clips = load_clips(
                 config.data, config.source, [seed], prefill=config.prefill_frames, generated=config.frames
             )
-            rollout = session.start(Method(name="dense"), [seed], prompts=clips.prompts, recorders=[probe])
+            rollout = session.start(
+                Method(name="dense"), [seed], prompts=clips.prompts, recorders=[probe], end_frame=clips.end
+            )
             rollout.prefill(session.beginning(clips), clips.actions_in(slice(clips.prefill)))
             probe.active = True
             for _ in rollout.generate(config.frames, clips.actions_in(slice(clips.prefill, None))):

@@ -53,7 +53,9 @@ def free_run(
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
     memory, baseline = PeakMemory(session.device), baseline_of(run)
     memory.start()
-    rollout = session.start(method, seeds, prompts=clips.prompts, timer=timer, recorders=[scorer.density])
+    rollout = session.start(
+        method, seeds, prompts=clips.prompts, timer=timer, recorders=[scorer.density], end_frame=clips.end
+    )
     scorer.started(rollout)
     latents = _begin(session, rollout, clips, run, timer)
     shown = [session.show(clips, chunk.to(session.device)) for chunk in latents]
@@ -66,7 +68,7 @@ def free_run(
         with timer.chunk(frames=session.chunk):
             if isinstance(clips, PromptedClip):
                 clips.change(rollout, latents)
-            chunk = rollout.step(clips.actions_in(slice(first, first + session.chunk)))
+            chunk = rollout.step(clips.actions_in(session.needed(first)))
             pixels = session.show(clips, chunk, timer)
         latents.append(chunk.cpu())
         shown.append(pixels)

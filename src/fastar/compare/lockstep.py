@@ -4,6 +4,7 @@ Interrupted, a run goes on after the chunks that it has denoised: commits are re
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +42,10 @@ def run_a(
     """
     dense = Method(name="dense")
     caches = {name: method.cache() for name, method in methods.items()}
-    teacher = session.start(
-        dense, seeds, prompts=clips.prompts, cache=TeeCache(dense.cache(), list(caches.values()))
-    )
+    given: dict[str, Any] = {"prompts": clips.prompts, "end_frame": clips.end}
+    teacher = session.start(dense, seeds, cache=TeeCache(dense.cache(), list(caches.values())), **given)
     students = {
-        name: session.start(
-            method, seeds, prompts=clips.prompts, cache=caches[name], recorders=scorers[name].recorders
-        )
+        name: session.start(method, seeds, cache=caches[name], recorders=scorers[name].recorders, **given)
         for name, method in methods.items()
     }
     for name, student in students.items():
@@ -135,7 +133,9 @@ def run_b(
     save_every: int,
 ) -> None:
     """One method, whose commit passes read its own cache; arguments as in `run_a`."""
-    rollout = session.start(method, seeds, prompts=clips.prompts, recorders=[scorer.density])
+    rollout = session.start(
+        method, seeds, prompts=clips.prompts, recorders=[scorer.density], end_frame=clips.end
+    )
     scorer.started(rollout)
     denoised = Denoised(scorer.run, session, clips, save_every)
     done = len(denoised)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastar.backbones.text import checksum_of
 from fastar.compare import methods as method_nodes
-from fastar.compare.session import Session
+from fastar.compare.session import Session, passes_of
 from fastar.results import Run, RunStore, run_id
 from fastar.results.provenance import device_name
 
@@ -86,7 +86,7 @@ class ComparisonRuns:
             "data": {key: value for key, value in data.items() if key not in OWN_LENGTHS},
             "prefill_frames": config.prefill_frames,
             "frames": config.frames,
-            "rollout": OmegaConf.to_container(config.rollout, resolve=True),
+            "rollout": passes_of(config.rollout),
             "metrics": OmegaConf.to_container(config.metrics, resolve=True),
             "warmup_chunks": config.warmup_chunks,
             "dtype": config.dtype,

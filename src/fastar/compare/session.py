@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fastar.backbones import Autoencoder, Backbone, Prompts, load_backbone
@@ -44,8 +45,12 @@ class Session:
 
     @property
     def chunk(self) -> int:
-        """Frames denoised together."""
+        """Frames of a chunk."""
         return self.loop.chunk_frames
+
+    def needed(self, first: int) -> slice:
+        """Frames whose actions the step that makes the chunk at frame `first` needs."""
+        return slice(first, first + self.loop.frames_in_flight)
 
     def eyes(self) -> Autoencoder:
         """The autoencoder.
@@ -102,6 +107,7 @@ class Session:
         timer: PassTimer | None = None,
         recorders: Sequence = (),
         cache: CachePolicy | None = None,
+        end_frame: int | None = None,
     ) -> Rollout:
         """A rollout at frame 0; see `start_rollout`."""
         return start_rollout(
@@ -113,7 +119,14 @@ class Session:
             timer=timer,
             recorders=recorders,
             cache=cache,
+            end_frame=end_frame,
         )
+
+
+def passes_of(rollout: DictConfig) -> dict[str, Any]:
+    """What a config of conf/rollout says of the passes; its window decides something where a method uses it."""
+    plain: Any = OmegaConf.to_container(rollout, resolve=True)
+    return {key: value for key, value in plain.items() if key != "window"}
 
 
 def open_session(config: DictConfig) -> Session:

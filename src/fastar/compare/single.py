@@ -13,7 +13,7 @@ from fastar.compare.command import check_writable, progress_bar, wide_console
 from fastar.compare.free import free_run
 from fastar.compare.prompted import PromptedClip, prompted_clip
 from fastar.compare.scores import Scorer
-from fastar.compare.session import Session, open_session
+from fastar.compare.session import Session, open_session, passes_of
 from fastar.data.doom.script import read_actions
 from fastar.data.video import side_by_side, write_mp4
 from fastar.results import Run, RunStore, load
@@ -116,7 +116,7 @@ def open_run(
     identity = {
         "method": method_nodes.identity_of(node, session.weights),
         **given,
-        "rollout": OmegaConf.to_container(config.rollout, resolve=True),
+        "rollout": passes_of(config.rollout),
         "dtype": config.dtype,
         "warmup_chunks": config.warmup_chunks,
     }

@@ -70,13 +70,13 @@ class AttentionProbe:
 
 
 def members_of(lineage: Lineage, state: AttentionState, replayed: AttendEvent) -> Tensor:
-    """The slot of every original token, and of the current chunk's, which are their own: int64 [B, H, tokens].
+    """The slot of every original token, and of the pass's, which are their own: int64 [B, H, tokens].
 
     `replayed` is a call in `state`, whose cache `lineage` follows.
     """
     past = lineage.assignment(replayed.layer, state.cache.view(replayed.layer))
     keys = replayed.k.shape[2]
-    current = torch.arange(keys - replayed.q.shape[2], keys, device=past.device)
+    current = torch.arange(keys - replayed.current_keys, keys, device=past.device)
     return torch.cat([past, current.expand(*past.shape[:2], -1)], 2)
 
 

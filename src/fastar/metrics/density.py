@@ -62,13 +62,16 @@ class DensityRecorder:
         batch, heads, queries, _ = event.q.shape
         keys = event.candidates
         if self.stream == "self":
-            keys = (context.first_frame + context.num_frames) * self.tokens_per_frame
-        frame = context.first_frame
+            keys = context.visible[1] * self.tokens_per_frame
+        frame = context.pass_frames[0]
         self._executed[frame] = self._executed.get(frame, 0) + executed_pairs(event)
         self._dense[frame] = self._dense.get(frame, 0) + batch * heads * queries * keys
 
     def curve(self) -> list[ChunkDensity]:
-        """One point per chunk, by frame (latent frame index of the chunk's first frame)."""
+        """One point per chunk, by frame (latent frame index of the chunk's first frame).
+
+        Passes over several chunks in flight count for the oldest of them, which leaves when they are done.
+        """
         return [
             ChunkDensity(frame, int(self._executed[frame]), self._dense[frame])
             for frame in sorted(self._dense)

@@ -61,11 +61,11 @@ class ForgettingProbe:
         logits = q @ event.k.float().mT
         mass = (logits - logits.amax(-1, keepdim=True)).exp()
         value, keys = event.v.float(), event.k.shape[2]
-        start = keys - event.q.shape[2]
+        start = keys - event.current_keys
         total, weighted = mass[..., start:].sum(-1, keepdim=True), mass[..., start:] @ value[:, :, start:]
         seen = []
         for frames in self.frames:
-            stop, start = start, max(0, keys - event.q.shape[2] - frames * self.tokens)
+            stop, start = start, max(0, keys - event.current_keys - frames * self.tokens)
             part = slice(start, stop)
             total = total + mass[..., part].sum(-1, keepdim=True)
             weighted = weighted + mass[..., part] @ value[:, :, part]

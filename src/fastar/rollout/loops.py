@@ -1,7 +1,12 @@
-"""Loops: the order of passes in which an autoregressive video model is run."""
+"""Loops: the order of passes in which an autoregressive video model is run.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+A loop says which pass comes next, given how many steps each chunk in flight has made; `fastar.rollout.rollout` runs the
+passes and moves the latents on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastar.attention.context import PassContext, PassKind
 
@@ -18,12 +23,17 @@ class ChunkLoop:
         commit_timestep: noise level at which the finished chunk is cached (Self-Forcing's context noise).
         renoise: True draws fresh noise between steps (distilled few-step models, as Self-Forcing does); False takes
             Euler steps along the velocity (models trained by plain flow matching).
+        commit_noise: True noises the finished chunk to `commit_timestep` before it is cached (SkyReels-V2's
+            addnoise_condition); False tells the model this level and shows it the clean chunk.
+        window: what the published model attends to, as arguments of `fastar.cache.StockWindow`; a method may use it.
     """
 
     chunk_frames: int
     timesteps: Sequence[float]
     commit_timestep: float = 0.0
     renoise: bool = False
+    commit_noise: bool = False
+    window: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
@@ -31,23 +41,48 @@ class ChunkLoop:
             raise ValueError(f"timesteps must fall from 1000 and stay above 0, got {list(self.timesteps)}")
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames must be at least 1, got {self.chunk_frames}")
+        if self.commit_noise and not 0 < self.commit_timestep < 1000:
+            raise ValueError(
+                f"commit_noise needs a commit_timestep within 0..1000, got {self.commit_timestep}"
+            )
 
     @property
     def passes_per_chunk(self) -> int:
-        """Forward passes for one chunk, the commit counted."""
+        """Forward passes for one chunk once the rollout is under way, the commit counted."""
         return len(self.timesteps) + 1
 
-    def denoise_passes(self, first_frame: int) -> Iterator[PassContext]:
-        """The denoising passes of the chunk that starts at `first_frame`."""
-        for step, timestep in enumerate(self.timesteps):
-            yield PassContext(
-                kind=PassKind.DENOISE,
-                first_frame=first_frame,
-                num_frames=self.chunk_frames,
-                timesteps=(float(timestep),) * self.chunk_frames,
-                step=step,
-                num_steps=len(self.timesteps),
-            )
+    @property
+    def most_in_flight(self) -> int:
+        """Chunks that are denoised at the same time, at most."""
+        return 1
+
+    @property
+    def frames_in_flight(self) -> int:
+        """Frames that a denoising pass covers, at most: so many actions it needs."""
+        return self.most_in_flight * self.chunk_frames
+
+    def denoise_passes(
+        self, first_frame: int, steps: Sequence[int] = (), end_frame: int | None = None
+    ) -> Iterator[PassContext]:
+        """The denoising passes until the chunk at `first_frame` is clean; in each, every chunk in flight makes a step.
+
+        Args:
+            first_frame: of the oldest chunk in flight, or of the next one if there is none.
+            steps: that the chunks in flight have made, oldest first.
+            end_frame: where the video ends, so that no chunk is begun there; None: it goes on.
+        """
+        for step in range(steps[0] if steps else 0, len(self.timesteps)):
+            yield self._denoise_pass(first_frame, step)
+
+    def _denoise_pass(self, first_frame: int, step: int) -> PassContext:
+        return PassContext(
+            kind=PassKind.DENOISE,
+            first_frame=first_frame,
+            num_frames=self.chunk_frames,
+            timesteps=(float(self.timesteps[step]),) * self.chunk_frames,
+            step=step,
+            num_steps=len(self.timesteps),
+        )
 
     def commit_pass(self, first_frame: int, kind: PassKind = PassKind.COMMIT) -> PassContext:
         """The pass that caches the clean chunk at `first_frame`: COMMIT, or PREFILL for true history."""
@@ -56,4 +91,64 @@ class ChunkLoop:
             first_frame=first_frame,
             num_frames=self.chunk_frames,
             timesteps=(self.commit_timestep,) * self.chunk_frames,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaggeredLoop(ChunkLoop):
+    """Chunks in flight, each `stagger` steps behind the one before it, all denoised in the same passes.
+
+    Rolling-Forcing (arXiv 2509.25161) has a chunk at each of its five levels: `stagger` 1. SkyReels-V2's diffusion
+    forcing (arXiv 2504.13074) calls it ar_step. A chunk that is clean is committed by a pass of its own and leaves; the
+    first chunk takes all its steps before anything is finished, and the last ones go on alone. With as many steps as
+    there are levels it is `ChunkLoop`.
+
+    Attributes:
+        stagger: steps that a chunk makes before the next one is begun.
+        causal: chunks in flight see their own frames and earlier ones (SkyReels-V2), or each other (Rolling-Forcing).
+    """
+
+    stagger: int
+    causal: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stagger < 1:
+            raise ValueError(
+                f"stagger must be at least 1, got {self.stagger}: chunks that are all at one level are one chunk"
+            )
+
+    @property
+    def passes_per_chunk(self) -> int:
+        return min(self.stagger, len(self.timesteps)) + 1
+
+    @property
+    def most_in_flight(self) -> int:
+        return -(-len(self.timesteps) // self.stagger)
+
+    def denoise_passes(
+        self, first_frame: int, steps: Sequence[int] = (), end_frame: int | None = None
+    ) -> Iterator[PassContext]:
+        now = list(steps)
+        while not now or now[0] < len(self.timesteps):
+            following = first_frame + len(now) * self.chunk_frames
+            room = end_frame is None or following + self.chunk_frames <= end_frame
+            if not now or (room and now[-1] >= self.stagger):
+                now.append(0)
+            yield self._window_pass(first_frame, now)
+            now = [step + 1 for step in now]
+
+    def _window_pass(self, first_frame: int, steps: Sequence[int]) -> PassContext:
+        """One pass over all chunks in flight."""
+        starts = [first_frame + number * self.chunk_frames for number in range(len(steps))]
+        alone = [self._denoise_pass(start, step) for start, step in zip(starts, steps, strict=True)]
+        if len(alone) == 1:
+            return alone[0]
+        together = (first_frame, starts[-1] + self.chunk_frames)
+        chunks = tuple(replace(chunk, in_flight=together, causal=self.causal) for chunk in alone)
+        return replace(
+            alone[0],
+            num_frames=together[1] - first_frame,
+            timesteps=tuple(timestep for chunk in chunks for timestep in chunk.timesteps),
+            chunks=chunks,
         )

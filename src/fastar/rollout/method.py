@@ -44,6 +44,7 @@ def start_rollout(
     timer: PassTimer | None = None,
     recorders: Sequence[Recorder] = (),
     cache: CachePolicy | None = None,
+    end_frame: int | None = None,
     image: ImageCondition | None = None,
 ) -> Rollout:
     """A rollout of `len(seeds)` videos at frame 0.
@@ -56,6 +57,7 @@ def start_rollout(
         prompts: one per video, for a backbone that reads text.
         timer, recorders: measure passes and attention calls.
         cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
+        end_frame: where the videos end; see `Rollout`.
         image: what the videos start from, for a backbone that reads one.
 
     Raises:
@@ -92,6 +94,7 @@ def start_rollout(
         latent_shape=(channels, rows, columns),
         prompts=prompts,
         timer=timer,
+        end_frame=end_frame,
         image=image,
     )
 

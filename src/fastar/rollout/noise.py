@@ -1,4 +1,9 @@
-"""Noise that depends on the seed and the place in the video alone: not on batch size, device or interruption."""
+"""Noise that depends on the seed and the place in the video alone: not on batch size, device or interruption.
+
+Draws of a chunk, in any loop: 0 is what it starts from; draw s, of a loop that draws fresh noise between steps, takes
+it to the level of step s; one more, after those of all steps, is that of `commit_noise`. Chunks in flight together draw
+each for itself, so that the order of passes plays no part.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +20,7 @@ def chunk_noise(
     Args:
         seeds: one per video of the batch; equal seeds give equal noise whatever else is in the batch.
         first_frame: first frame of the chunk.
-        draw: 0 for the initial noise, 1.. for the re-noising steps.
+        draw: 0 for the initial noise, 1.. for the re-noising steps; see above.
         shape: (frames, channels, height, width).
         device: where the result goes.
     """

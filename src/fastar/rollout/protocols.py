@@ -8,9 +8,14 @@ do not add up and two methods are compared on the same past:
   left is the error of its attention.
 - **B**: the method's own cache is also what its commit passes read, so an error in the cache changes later keys.
 - **C**: free-running; the method commits what it generated.
+
+Of a loop with several chunks in flight, these are the method's own in both, from noise on: the trajectory is committed
+in place of the one that has become clean, and the others go on. Dense attention reproduces its trajectory then, too. A
+method's errors add up over the passes of a chunk, as in any loop, and through the frames in flight with it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -107,29 +112,34 @@ def lockstep_a(
     `teacher`'s state holds a `TeeCache` whose followers are the caches of the `students`. Yields
     (first frame of the chunk, method, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on. Chunks
     that start at a frame of `look_at` are then denoised by the teacher, with the `probe` among its recorders active.
-    The first `done` chunks are committed and not denoised: only commits change a cache, so what follows is the same.
+    The first `done` chunks are committed and not denoised: only commits change a cache, so what follows is the same. Of
+    loops with several chunks in flight they are denoised again, and not yielded.
     Prompt buckets of committed tokens are the teacher's, too.
     """
-    step = teacher.loop.chunk_frames
+    step, several = teacher.loop.chunk_frames, teacher.loop.most_in_flight > 1
     for student in students.values():
         if student.state.tags is not None:
             teacher.state.recorders.append(CommittedTags(student.state.tags))
-    following = replay(teacher, trajectory, actions, start, done)
-    for first in range(following, trajectory.shape[1], step):
-        part = slice(first, first + step)
-        chunk_actions = None if actions is None else actions[:, part]
-        for student in students.values():
+    following = start + done * step
+    begin = replay(teacher, trajectory, actions, start, 0 if several else done)
+    for first in range(begin, trajectory.shape[1], step):
+        needed, again = _actions(actions, first, teacher.loop.frames_in_flight), first < following
+        chunks: dict[str, Tensor] = {}
+        for name, student in students.items():
             student.follow(teacher)
-        chunks = {name: student.denoise(chunk_actions) for name, student in students.items()}
-        if (
-            probe is not None and first in look_at
-        ):  # last: it replays calls with the tags that the students had
-            probe.active = True
-            teacher.denoise(chunk_actions)
+            with student.state.unmeasured() if again else nullcontext():
+                chunks[name] = student.denoise(needed)
+        looks = probe is not None and first in look_at and not again
+        if probe is not None:
+            probe.active = looks
+        if looks or several:  # last: it replays calls with the tags that the students had
+            teacher.denoise(needed)
+        if probe is not None:
             probe.active = False
-        for name, chunk in chunks.items():
-            yield first, name, chunk
-        teacher.commit(trajectory[:, part], chunk_actions)
+        if not again:
+            for name, chunk in chunks.items():
+                yield first, name, chunk
+        teacher.commit(trajectory[:, first : first + step], _actions(actions, first, step))
 
 
 def lockstep_b(
@@ -137,18 +147,16 @@ def lockstep_b(
 ) -> Iterator[tuple[int, Tensor]]:
     """Protocol B: yields (first frame, denoised chunk [B, n, C, h, w]) for every chunk from frame `start` on.
 
-    The first `done` chunks are committed and not denoised, as in `lockstep_a`, unless a selector is on in commit
-    passes: what it does there may hang on the passes before.
+    The first `done` chunks are committed and not denoised, as in `lockstep_a`, unless the loop has several chunks in
+    flight, or a selector is on in commit passes: what it does there may hang on the passes before.
     """
     step = rollout.loop.chunk_frames
     selectors = (rollout.state.self_selector, rollout.state.cross_selector)
-    again = not all(selector.commit_dense for selector in selectors)
+    again = rollout.loop.most_in_flight > 1 or not all(selector.commit_dense for selector in selectors)
     following = replay(rollout, trajectory, actions, start, done, denoised=again)
     for first in range(following, trajectory.shape[1], step):
-        part = slice(first, first + step)
-        chunk_actions = None if actions is None else actions[:, part]
-        yield first, rollout.denoise(chunk_actions)
-        rollout.commit(trajectory[:, part], chunk_actions)
+        yield first, rollout.denoise(_actions(actions, first, rollout.loop.frames_in_flight))
+        rollout.commit(trajectory[:, first : first + step], _actions(actions, first, step))
 
 
 def replay(
@@ -168,9 +176,11 @@ def replay(
     rollout.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
     following = start + done * step
     for first in range(start, following, step):
-        part = slice(first, first + step)
-        chunk_actions = None if actions is None else actions[:, part]
         if denoised:
-            rollout.denoise(chunk_actions)
-        rollout.commit(trajectory[:, part], chunk_actions)
+            rollout.denoise(_actions(actions, first, rollout.loop.frames_in_flight))
+        rollout.commit(trajectory[:, first : first + step], _actions(actions, first, step))
     return following
+
+
+def _actions(actions: Tensor | None, first: int, frames: int) -> Tensor | None:
+    return None if actions is None else actions[:, first : first + frames]

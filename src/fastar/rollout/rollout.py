@@ -12,6 +12,7 @@ from fastar.attention.state import AttentionState
 from fastar.backbones.conditions import ImageCondition, check_image
 from fastar.backbones.prompts import Prompts
 from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedTokens
+from fastar.rollout.flight import InFlight
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import chunk_noise
 
@@ -38,6 +39,7 @@ class Rollout:
         latent_shape: (channels, height, width) of a latent frame.
         prompts: what the videos shall show, one prompt each; None for a backbone that reads no text.
         timer: measures denoise and commit passes, or None.
+        end_frame: where the video ends, so that loops with several chunks in flight begin none there; None: it goes on.
         image: what the videos start from; None for a backbone that starts from noise alone. No part of `state_dict`.
 
     Raises:
@@ -54,12 +56,16 @@ class Rollout:
         latent_shape: tuple[int, int, int],
         prompts: Prompts | None = None,
         timer: PassTimer | None = None,
+        end_frame: int | None = None,
         image: ImageCondition | None = None,
     ) -> None:
         self.transformer, self.state, self.loop, self.timer = transformer, state, loop, timer
         self.seeds = [int(seed) for seed in seeds]
         self.latent_shape = tuple(latent_shape)
-        self.next_frame = 0
+        self.next_frame, self.end_frame = 0, end_frame
+        self._flight: list[InFlight] = []  # from `next_frame` on, as the last commit left them
+        self._advanced: list[InFlight] | None = None  # after denoising since then
+        self._remembered: dict[str, Any] = {}  # by selectors of chunks in flight, before it
         self.device = next(transformer.parameters()).device
         self.pose = (
             None if transformer.odometer is None else transformer.odometer.start(len(self.seeds), self.device)
@@ -76,6 +82,8 @@ class Rollout:
         dtype = self.transformer.patch_embedding.weight.dtype
         self._text = None if prompts is None else prompts.text(self.device, dtype)
         self._projected: ProjectedTokens | None = None
+        self._remembered = {}  # it was about another prompt
+        self.state.restore_in_flight({})
 
     @torch.inference_mode()
     def change_prompts(
@@ -128,7 +136,8 @@ class Rollout:
 
         Args:
             num_frames: a multiple of the chunk.
-            actions: [B, num_frames] int64, or None for a backbone without actions.
+            actions: [B, num_frames] int64, or None for a backbone without actions; a loop with several chunks in flight
+                needs those of all frames in flight, up to `end_frame`.
 
         Raises:
             ValueError: `num_frames` is no whole number of chunks, or there are too few actions.
@@ -137,54 +146,65 @@ class Rollout:
         if actions is not None and actions.shape[1] < num_frames:
             raise ValueError(f"{num_frames} frames were asked for and only {actions.shape[1]} actions given")
         for start in self._chunk_starts(num_frames):
-            part = slice(start, start + self.loop.chunk_frames)
+            part = slice(start, start + self.loop.frames_in_flight)
             yield self.step(None if actions is None else actions[:, part])
 
     @torch.inference_mode()
     def step(self, actions: Tensor | None = None) -> Tensor:
-        """Denoise and commit the next chunk; returns its clean latents [B, n, C, h, w]."""
+        """Denoise and commit the next chunk; returns its clean latents [B, n, C, h, w]. `actions` as in `denoise`."""
         clean = self.denoise(actions)
-        self.commit(clean, actions)
+        self.commit(clean, None if actions is None else actions[:, : self.loop.chunk_frames])
         return clean
 
     @torch.inference_mode()
     def denoise(
         self, actions: Tensor | None = None, on_step: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """Denoise the next chunk without committing it (protocol A and B look at this one chunk).
+        """Denoise the next chunk, and those in flight with it, without committing it (as protocols A and B do).
+
+        Called again before the commit it starts over.
 
         Args:
-            actions: [B, n] int64 of this chunk.
+            actions: [B, n] int64 of this chunk; of all frames in flight, `loop.frames_in_flight` or up to `end_frame`.
             on_step: called with each step's prediction of the clean chunk.
         """
-        shape = (self.loop.chunk_frames, *self.latent_shape)
-        latents = chunk_noise(self.seeds, self.next_frame, 0, shape, self.device)
-        sigmas = [t / 1000 for t in self.loop.timesteps] + [0.0]
+        if self._advanced is None:
+            self._remembered = self.state.in_flight()
+        else:
+            self.state.restore_in_flight(self._remembered)
+        self._advanced = flight = list(self._flight)
         with self._timed("denoise"):
-            for context in self.loop.denoise_passes(self.next_frame):
-                velocity = self.run_pass(context, latents, actions)
-                sigma, following = sigmas[context.step], sigmas[context.step + 1]
-                clean = latents - sigma * velocity
+            steps = [chunk.step for chunk in flight]
+            for context in self.loop.denoise_passes(self.next_frame, steps, self.end_frame):
+                flight += [self._begun(part.first_frame) for part in context.parts[len(flight) :]]
+                latents = flight[0].latents
+                if context.chunks:
+                    latents = torch.cat([chunk.latents for chunk in flight], dim=1)
+                velocity = self.run_pass(context, latents, self._actions_of(context, actions))
+                parts = velocity.split(self.loop.chunk_frames, dim=1)
+                moved = [
+                    chunk.after(part, self.loop, self.seeds)
+                    for chunk, part in zip(flight, parts, strict=True)
+                ]
+                flight[:] = [chunk for chunk, _ in moved]
                 if on_step is not None:
-                    on_step(clean)
-                if following == 0:
-                    latents = clean
-                elif self.loop.renoise:
-                    noise = chunk_noise(self.seeds, self.next_frame, context.step + 1, shape, self.device)
-                    latents = torch.lerp(clean, noise, following)
-                else:
-                    latents = latents + (following - sigma) * velocity
-        self._require_finite(latents, "denoising")
-        return latents
+                    on_step(moved[0][1])
+        for chunk in flight:
+            self._require_finite(chunk.latents, "denoising")
+        return flight[0].latents
 
     @torch.inference_mode()
     def commit(
         self, clean: Tensor, actions: Tensor | None = None, *, kind: PassKind = PassKind.COMMIT
     ) -> None:
         """Cache the clean chunk [B, n, C, h, w] and move on to the next one."""
+        if self.loop.commit_noise:
+            draw = len(self.loop.timesteps)
+            noise = chunk_noise(self.seeds, self.next_frame, draw, tuple(clean.shape[1:]), self.device)
+            clean = torch.lerp(clean.to(noise), noise, self.loop.commit_timestep / 1000)
         with self._timed("commit"):
             self.run_pass(self.loop.commit_pass(self.next_frame, kind), clean, actions)
-        self.next_frame += self.loop.chunk_frames
+        self._move_to(self.next_frame + self.loop.chunk_frames)
         poses = self._poses(actions)
         if poses is not None:
             self.pose = poses[:, -1]
@@ -228,8 +248,9 @@ class Rollout:
 
     def follow(self, other: "Rollout") -> None:
         """Stand where `other` stands, whose commits have filled this rollout's cache (protocol A)."""
-        self.next_frame, self.pose = other.next_frame, other.pose
-        self.state.forget_working_copies()
+        self.pose = other.pose
+        self._move_to(other.next_frame)
+        self.state.cache_changed(self.next_frame)
         self.state.follow_actions(other.state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,22 +261,32 @@ class Rollout:
             "pose": None if self.pose is None else self.pose.cpu(),
             "prompts": None if self.prompts is None else self.prompts.state_dict(),
             "attention": self.state.state_dict(),
-        }
+        } | ({"in_flight": [chunk.state_dict() for chunk in self._flight]} if self._flight else {})
 
     @torch.inference_mode()  # buffers that grew in a pass can be written in this mode alone
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
 
         Raises:
-            ValueError: the saved rollout had other seeds, or prompts where this one has none.
+            ValueError: the saved rollout had other seeds, prompts where this one has none, or more chunks in flight.
         """
         if list(saved["seeds"]) != self.seeds:
             raise ValueError(
                 f"the saved rollout has seeds {saved['seeds']}, this one {self.seeds}: use the same seeds"
             )
+        flying = saved.get("in_flight", [])
+        if len(flying) > self.loop.most_in_flight - 1:
+            raise ValueError(
+                f"the saved rollout has {len(flying)} chunks in flight, more than this loop keeps between steps: "
+                "continue it with the rollout=... that it was made with"
+            )
         prompts = saved.get("prompts")  # states from before there were prompts have none
         self.use_prompts(None if prompts is None else Prompts.from_state(prompts))
         self.next_frame = int(saved["next_frame"])
+        self._flight = [
+            InFlight(**(chunk | {"latents": chunk["latents"].to(self.device)})) for chunk in flying
+        ]
+        self._advanced = None
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
 
@@ -272,6 +303,27 @@ class Rollout:
             raise ValueError(
                 f"prompts must be [{shape[0]}, tokens, {width}], got {list(prompts.embeddings.shape)}"
             )
+
+    def _begun(self, first_frame: int) -> InFlight:
+        shape = (self.loop.chunk_frames, *self.latent_shape)
+        return InFlight(first_frame, 0, chunk_noise(self.seeds, first_frame, 0, shape, self.device))
+
+    def _move_to(self, next_frame: int) -> None:
+        """Frames before `next_frame` are committed: they are in flight no more."""
+        self.next_frame = next_frame
+        flight = self._flight if self._advanced is None else self._advanced
+        self._flight, self._advanced = [chunk for chunk in flight if chunk.first_frame >= next_frame], None
+
+    def _actions_of(self, context: PassContext, actions: Tensor | None) -> Tensor | None:
+        """Those of a denoising pass."""
+        if actions is None or self.loop.most_in_flight == 1:
+            return actions
+        if actions.shape[1] < context.num_frames:
+            raise ValueError(
+                f"{context.num_frames} frames are in flight and only {actions.shape[1]} actions given: give those of "
+                f"{self.loop.frames_in_flight} frames, or say by end_frame where the video ends"
+            )
+        return actions[:, : context.num_frames]
 
     def _require_finite(self, values: Tensor, what: str) -> None:
         """Twice a chunk, not in every pass: each look makes the GPU wait for the host."""

@@ -56,6 +56,9 @@ class AnnCA(CrossSelector):
         self.bucketizer, self.shared_heads, self.rebuild = bucketizer, shared_heads, rebuild
         self._memo: ChunkMemo[Tensor] = ChunkMemo()
 
+    def forget(self, next_frame: int) -> None:
+        self._memo.clear()
+
     def select(self, layer: int, context: PassContext, q: Tensor, prompt: PromptKeys) -> Tensor | None:
         """Which prompt tokens to keep: [B, H, S] bool, or None for all of them (dense passes and layers)."""
         if self.is_dense(layer, context):

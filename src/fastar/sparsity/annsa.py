@@ -88,6 +88,9 @@ class AnnSA(Selector):
         self.block_q, self.block_k, self.rebuild = block_q, block_k, rebuild
         self._memo: ChunkMemo[BlockPlan] = ChunkMemo()
 
+    def forget(self, next_frame: int) -> None:
+        self._memo.clear()
+
     def select(self, request: SelectRequest) -> BlockPlan | None:
         """The block plan of a call that the schedule makes sparse; None if the density target is 1.
 

@@ -6,8 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
@@ -106,6 +107,16 @@ class Scheduled:
             return self.commit_dense
         return context.share_done < self.warmup_share or context.step < self.min_dense_steps
 
+    def forget(self, next_frame: int) -> None:
+        """Frames before `next_frame` are committed, and the cache is another: so much of what is remembered is over."""
+
+    def in_flight(self) -> dict[int, Any]:
+        """What later passes of chunks in flight go by and cannot find anew, by first frame: tensors and numbers."""
+        return {}
+
+    def restore_in_flight(self, saved: dict[int, Any], device: torch.device) -> None:
+        """Remember what `in_flight` returned, and nothing else."""
+
 
 class Selector(Scheduled, ABC):
     """Chooses the executed pairs of self-attention. One instance serves one rollout.
@@ -162,25 +173,25 @@ class CrossSelector(Scheduled, ABC):
 
 
 class ChunkMemo(Generic[Built]):
-    """Remembers, per layer, what was built for the current chunk, for reuse in its later steps."""
+    """Remembers, per layer and chunk in flight, what was built for it, for reuse in its later steps until a commit."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[tuple[PassKind | int, ...], int, Built]] = {}
+        self._entries: dict[tuple[int, int], tuple[tuple[PassKind | int, ...], int, Built]] = {}
 
     def get(self, layer: int, context: PassContext, *sizes: int) -> Built | None:
         """What an earlier step of this chunk stored for this layer and sizes, or None."""
-        entry = self._entries.get(layer)
-        if (
-            entry is None
-            or entry[0] != (context.kind, context.first_frame, *sizes)
-            or context.step <= entry[1]
-        ):
+        entry = self._entries.get((layer, context.first_frame))
+        if entry is None or entry[0] != (context.kind, *sizes) or context.step <= entry[1]:
             return None  # the same step again means that the chunk was started over
         return entry[2]
 
     def put(self, layer: int, context: PassContext, *sizes: int, built: Built) -> None:
-        """Replace the layer's entry."""
-        self._entries[layer] = ((context.kind, context.first_frame, *sizes), context.step, built)
+        """Replace the entry of layer and chunk."""
+        self._entries[layer, context.first_frame] = ((context.kind, *sizes), context.step, built)
+
+    def clear(self) -> None:
+        """Forget everything: the cache is another."""
+        self._entries.clear()
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Unpack
+from dataclasses import dataclass, field
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +23,26 @@ from fastar.sparsity.base import (
 from fastar.sparsity.prompt_scores import TokenScorer
 
 Scope = Literal["layer", "prompt"]
+
+
+@dataclass
+class _Scored:
+    """What was scored for a chunk in flight, by layer."""
+
+    scores: dict[int, Tensor] = field(default_factory=dict)  # of the pass that decides
+    gathered: dict[int, Tensor] = field(default_factory=dict)  # of the pass that is going on
+    deciding: int | None = None  # step of that pass
+    going_on: int | None = None
+
+    def close(self, following: int | None) -> None:
+        """The pass that went on is over, unless the chunk is started over by step `following`."""
+        past, self.going_on = self.going_on, following
+        seen = [step for step in (past, self.deciding) if step is not None]
+        if following is not None and any(following <= step for step in seen):
+            self.deciding, self.scores = None, {}
+        elif past is not None and self.gathered:
+            self.deciding, self.scores = past, self.gathered
+        self.gathered = {}
 
 
 class RankedCA(CrossSelector):
@@ -68,24 +89,21 @@ class RankedCA(CrossSelector):
         self.scorer, self.share, self.scope, self.rebuild = scorer, share, scope, rebuild
         self.score_layers = None if score_layers is None else frozenset(score_layers)
         self.shared_heads, self.padding = shared_heads, padding
-        self._scores: dict[int, Tensor] = {}  # by layer: of the pass that decides
-        self._gathered: dict[int, Tensor] = {}  # of the pass that is going on
-        self._deciding: tuple[int, int] | None = None  # first frame and step of that pass
-        self._going_on: tuple[int, int] | None = None
+        self._chunks: dict[int, _Scored] = {}  # by first frame
 
     def observe(self, layer: int, context: PassContext, q: Tensor, prompt: PromptKeys) -> None:
         """Score the tokens if a later call will ask for it."""
         if context.kind != PassKind.DENOISE:
             return
-        now = (context.first_frame, context.step)
-        if now != self._going_on:
-            self._close(now)
-        if self.rebuild == "chunk" and self._deciding is not None and self._deciding[0] == now[0]:
+        chunk = self._chunks.setdefault(context.first_frame, _Scored())
+        if context.step != chunk.going_on:
+            chunk.close(context.step)
+        if self.rebuild == "chunk" and chunk.deciding is not None:
             return  # decided, in an earlier pass of this chunk
         if self.scope == "prompt" and self.score_layers is not None and layer not in self.score_layers:
             return
         if self.scope == "prompt" or self.rebuild == "chunk":
-            self._gathered[layer] = self.scorer.score(q, prompt)
+            chunk.gathered[layer] = self.scorer.score(q, prompt)
 
     def select(self, layer: int, context: PassContext, q: Tensor, prompt: PromptKeys) -> Tensor | None:
         """The best-scored tokens, [B, H, S] bool; None for all in dense passes and layers."""
@@ -105,26 +123,39 @@ class RankedCA(CrossSelector):
         if self.rebuild == "pass":
             return self.scorer.score(q, prompt)
         # within the chunk's first pass that pass's own scores count
-        found = self._decided(context).get(layer, self._gathered.get(layer))
+        found = self._decided(context).get(layer)
+        if found is None and context.kind == PassKind.DENOISE:
+            found = self._chunks[context.first_frame].gathered.get(layer)
         return self.scorer.score(q, prompt) if found is None else found
 
     def _decided(self, context: PassContext) -> dict[int, Tensor]:
         """Scores of an earlier pass of this chunk, by layer; empty if there is none."""
         if context.kind in (PassKind.PREFILL, PassKind.REWRITE):
             return {}  # the prompt may have changed
+        chunk = self._chunks.get(context.first_frame)
+        if chunk is None:
+            return {}
         if context.kind == PassKind.COMMIT:
-            self._close(None)  # the last denoising step is over
-        known = self._deciding is not None and self._deciding[0] == context.first_frame
-        return self._scores if known else {}
+            chunk.close(None)  # the last denoising step is over
+        return chunk.scores
 
-    def _close(self, following: tuple[int, int] | None) -> None:
-        """The pass that went on is over, unless its chunk is started over by `following`."""
-        past, self._going_on = self._going_on, following
-        if following is not None and any(seen and following[1] <= seen[1] for seen in (past, self._deciding)):
-            self._deciding, self._scores = None, {}
-        elif past is not None and self._gathered:
-            self._deciding, self._scores = past, self._gathered
-        self._gathered = {}
+    def forget(self, next_frame: int) -> None:
+        self._chunks = {first: chunk for first, chunk in self._chunks.items() if first >= next_frame}
+
+    def in_flight(self) -> dict[int, Any]:
+        return {
+            first: {
+                name: dict(kept) if isinstance(kept, dict) else kept for name, kept in vars(chunk).items()
+            }
+            for first, chunk in self._chunks.items()
+        }
+
+    def restore_in_flight(self, saved: dict[int, Any], device: torch.device) -> None:
+        self._chunks = {}
+        for first, kept in saved.items():
+            chunk = self._chunks[first] = _Scored(**kept)
+            chunk.scores = {layer: scores.to(device) for layer, scores in chunk.scores.items()}
+            chunk.gathered = {layer: scores.to(device) for layer, scores in chunk.gathered.items()}
 
 
 def best_share(scores: Tensor, real: Tensor, share: float) -> Tensor:
