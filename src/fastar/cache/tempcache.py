@@ -244,7 +244,8 @@ class TempCache(BudgetedPolicy):
             left = Candidates(
                 rows_of(left.features, keep), left.count.gather(1, keep), partner, left.key_width
             )
-            partner = renew(left, cost.gather(1, keep), renewed, self.spec.tokens_per_frame, self.weighting)
+            frame, search = self.spec.tokens_per_frame, self.matcher.exact()
+            partner = renew(left, cost.gather(1, keep), renewed, frame, self.weighting, search)
         return self._with_partner(merged.gather(keep.unflatten(0, self.metadata_shape())), partner)
 
     def _merge(self, part: Slots, middle: Middle, root: Tensor, most: int) -> tuple[Slots, Middle]:
