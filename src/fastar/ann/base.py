@@ -93,7 +93,7 @@ def exclude(score: Tensor, excluded: Excluded | None, part: slice) -> Tensor:
         return score
     low, high = (side[:, part, None] for side in excluded)
     index = torch.arange(score.shape[2], device=score.device)
-    return score.masked_fill_((index >= low) & (index < high), -torch.inf)
+    return score.masked_fill_((index >= low).logical_and_(index < high), -torch.inf)
 
 
 def found_from(best: list[tuple[Tensor, Tensor]], queries: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:

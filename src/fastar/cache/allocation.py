@@ -16,9 +16,9 @@ from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.cache.merge import (
     Weighting,
+    average_in_place,
     cheapest,
     find_roots,
-    group_mean,
     merge_cost,
     rows_of,
 )
@@ -82,9 +82,10 @@ def choose(
         root, gone = step.gather(1, root), gone | chosen
         partner = torch.where(partner < 0, -1, step.gather(1, partner.clamp_min(0)))
         if left:
-            mean, count = group_mean(features, step, count, after - before)
+            if features is slots.features:
+                features = features.clone()
             kept = slots.key_width if keep_last_key else 0
-            features = torch.cat([features[..., :kept], mean[..., kept:]], -1)
+            count = average_in_place(features[..., kept:], step, count, after - before)
             cost = merge_cost(features, count, partner, weighting)
     return root, gone, partner
 
@@ -113,10 +114,10 @@ def renew(
     features, count, partner = slots.features, slots.count, slots.partner
     cost = merge_cost(features, count, partner, weighting)
     worse = torch.where(partner < 0, torch.inf, cost - before)
-    worse[:, -frame:] = -torch.inf
+    worse[:, -frame:].fill_(-torch.inf)
     rows = worse.argsort(dim=1, descending=True, stable=True)[:, :number]
     not_newer = (torch.zeros_like(rows), rows + 1)
     search = ExactMatcher() if matcher is None else matcher
     index, _ = search.nearest(rows_of(features, rows), features, excluded=not_newer, metric="euclidean")
-    found = partner.scatter(1, rows, index)
-    return torch.where(merge_cost(features, count, found, weighting) < cost, found, partner)
+    better = merge_cost(features, count, index, weighting, rows=rows) < cost.gather(1, rows)
+    return partner.scatter(1, rows, torch.where(better, index, partner.gather(1, rows)))
