@@ -8,6 +8,7 @@ problems side by side, usually batch x heads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -96,7 +97,9 @@ def exclude(score: Tensor, excluded: Excluded | None, part: slice) -> Tensor:
     return score.masked_fill_((index >= low).logical_and_(index < high), -torch.inf)
 
 
-def found_from(best: list[tuple[Tensor, Tensor]], queries: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+def found_from(
+    best: Sequence[tuple[Tensor, Tensor]], queries: Tensor, metric: Metric
+) -> tuple[Tensor, Tensor]:
     """What `Matcher.nearest` returns, from (score, index) of blocks of queries, the scores as `key_offset` says."""
     score, index = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
     if metric == "euclidean":

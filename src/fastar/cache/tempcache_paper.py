@@ -178,7 +178,7 @@ class TempCachePaper(SlotPolicy):
         merged = both.replace(**fields)
         self.note_merges(layer, both, merged, root)
         empty = gone | (count == 0)
-        merged.fields["count"] = merged["count"].masked_fill(empty.unflatten(0, shape), 0)
+        merged = merged.replace(count=merged["count"].masked_fill(empty.unflatten(0, shape), 0))
         order = empty.to(torch.int8).argsort(dim=1, stable=True)
         merged = merged.gather(order.unflatten(0, shape))
         if self.key != "last":
