@@ -42,7 +42,8 @@ class _FusedMatcher(Matcher):
         check_features(queries, keys, valid)
         if keys.shape[1] == 0 or queries.shape[1] == 0:
             return no_match(queries)
-        return self._search(queries, keys, valid, excluded, metric)
+        with torch.cuda.device_of(queries):  # Triton launches on the current device
+            return self._search(queries, keys, valid, excluded, metric)
 
     @abstractmethod
     def _search(

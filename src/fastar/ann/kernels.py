@@ -6,7 +6,8 @@ running best; `merge_partials` picks the best of the S. Everywhere the first of 
 answer does not depend on how the work was split. Scores must not be NaN: such a key is never found.
 """
 
-# Triton gives annotations a meaning of its own.
+# Sizes are not specialised: a cache that grows would compile again, and a size of 1 would become a constant.
+# Triton gives annotations a meaning of its own:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
@@ -51,7 +52,7 @@ def lower_bound(codes, wanted, m, steps):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def halved_squares(
     x, valid, out, rows, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
@@ -70,7 +71,7 @@ def halved_squares(
     tl.store(out + row, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["problems", "n", "m", "span"])
 def nearest(
     q, k, offset, scale, excluded, best_score, best_index, problems, n, m, span,
     D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
@@ -137,7 +138,7 @@ def nearest(
     tl.store(best_index + out, index, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["problems", "n", "m", "probes", "steps"])
 def nearest_in_buckets(
     q, k, offset, query_order, query_code, key_order, key_code, flips, excluded, best_score, best_index,
     problems, n, m, probes, steps,
@@ -194,7 +195,7 @@ def nearest_in_buckets(
     tl.store(best_index + queries_at + row, index, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["problems", "n", "m", "span"])
 def nearest_code(
     q, k, offset, excluded, best_score, best_index, problems, n, m, span,
     W: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, EXCLUDE: tl.constexpr,
@@ -232,7 +233,7 @@ def nearest_code(
     tl.store(best_index + out, index, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def merge_partials(scores, indices, score, index, rows, parts, BLOCK: tl.constexpr):
     """Best of the partials float32 and int32 [parts, rows] as float32 and int64 [rows]; of equals the first key."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

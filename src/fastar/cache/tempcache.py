@@ -58,7 +58,8 @@ class TempCache(BudgetedPolicy):
         refresh: partners searched anew at each commit, as a multiple of the tokens that arrive.
         moment: `full` second moment of the queries, or its `diagonal`.
         moment_horizon: blocks (of `chunk_frames`) that the running moment averages over.
-        matcher: how an arrival's partners are found; exact by default.
+        matcher: how an arrival's partners are found; exact by default. Partners are searched anew among all newer slots
+            by what goes with it (`Matcher.exact`).
         budget: see `BudgetedPolicy`.
     """
 
