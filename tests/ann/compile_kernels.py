@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastar.ann import kernels
-from fastar.ann.launch import BUCKET_TILES, CODE_TILE, TILES, Tile
+from fastar.ann.launch import BUCKET_TILES, CODE_TILE, TILES, WIDE_TILE, Tile
 
 SHARED = 227 * 1024  # bytes of shared memory a block may have on sm_90
 POINTERS = {
@@ -72,6 +72,8 @@ def main() -> None:
         kernel = kernels.nearest
         result = compiled(kernel, dtype, TILES[size], INTEGER=dtype == "i8", PRECISION=precision, **flags)
         report(f"nearest {dtype} {precision}", result, wanted)
+    wide = {**flags, "D": 3072, "INTEGER": False, "PRECISION": "ieee"}
+    report("nearest bf16, wide", compiled(kernels.nearest, "bf16", WIDE_TILE, **wide), "wgmma.*bf16")
     for dtype, size, wanted in (("bf16", 2, "wgmma.*bf16"), ("fp32", 4, "fma")):
         result = compiled(kernels.nearest_in_buckets, dtype, BUCKET_TILES[size], PRECISION="ieee", **flags)
         report(f"buckets {dtype}", result, wanted)

@@ -94,7 +94,7 @@ def test_lower_precision_misses_near_ties_only(precision, device: torch.device) 
 
 
 def test_a_tile_for_every_dtype_and_width(device: torch.device) -> None:
-    for dtype, width in ((torch.float32, 40), (torch.bfloat16, 200), (torch.float16, 256)):
+    for dtype, width in ((torch.float32, 40), (torch.bfloat16, 300), (torch.float16, 256)):
         queries, keys = (whole(1, count, width, device=device).to(dtype) for count in (20, 70))
         expected = ann.ExactMatcher().nearest(queries.float(), keys.float(), metric="euclidean")
         found = ann.TritonMatcher().nearest(queries, keys, metric="euclidean")
@@ -243,4 +243,4 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=without, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("shared memory") == 9
+    assert done.stdout.count("shared memory") == 10

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastar.ann.base import Excluded, Matcher, Metric, check_features, seeded_planes
 from fastar.ann.exact import no_match
-from fastar.ann.launch import BUCKET_TILES, CODE_TILE, TILES, FusedSearch, Precision, Tile, check_triton
+from fastar.ann.launch import BUCKET_TILES, CODE_TILE, FusedSearch, Precision, Tile, check_triton, tile_for
 from fastar.ann.lsh import check_lsh, codes_of, mean_key
 from fastar.ann.quantized import check_code_bits, code_scale, codes_at
 
@@ -83,7 +83,7 @@ class TritonMatcher(_FusedMatcher):
         self, queries: Tensor, keys: Tensor, valid: Tensor | None, excluded: Excluded | None, metric: Metric
     ) -> tuple[Tensor, Tensor]:
         queries, keys = _rounded(queries, keys, valid, metric, self.precision)
-        tile = self.tile or TILES[keys.element_size()]
+        tile = self.tile or tile_for(keys)
         search = FusedSearch(queries, keys, valid, excluded, metric, tile, self.splits)
         return search.finish(search.stream(self.precision))
 
@@ -112,7 +112,7 @@ class TritonQuantizedMatcher(_FusedMatcher):
             codes_at(x, scale, self.bits).to(torch.int8)
             for x, scale in zip((queries, keys), scales, strict=True)
         )
-        search = FusedSearch(queries, keys, valid, excluded, metric, self.tile or TILES[1], self.splits)
+        search = FusedSearch(queries, keys, valid, excluded, metric, self.tile or tile_for(keys), self.splits)
         search.rescale(*(scale.flatten().float() for scale in scales))
         return search.finish(search.stream("ieee"))
 

@@ -219,7 +219,7 @@ def nearest_code(
         column = first + tl.arange(0, K)
         known = column < m
         differ = tl.zeros([Q, K], tl.uint32)
-        for word in tl.static_range(0, W):
+        for word in range(0, W):
             ours = tl.load(q + row * W + word, mask=inside, other=0)
             theirs = tl.load(k + column * W + word, mask=known, other=0)
             differ += count_bits((ours[:, None] ^ theirs[None, :]).to(tl.uint32, bitcast=True))

@@ -36,8 +36,15 @@ TILES = {  # by bytes a number
     2: Tile(128, 64, 256, 8, 3),
     1: Tile(128, 128, 256, 8, 3),
 }
+WIDE_TILE = Tile(64, 64, 64, 8, 3)  # of fewer than 4 bytes a number, where the queries do not fit
 BUCKET_TILES = {4: Tile(64, 64, 32, 8, 2), 2: Tile(64, 64, 64, 8, 2)}  # buckets are short
 CODE_TILE = Tile(64, 64, 32, 8, 2)
+
+
+def tile_for(features: Tensor) -> Tile:
+    """The tile for queries or keys [N, n, d]."""
+    tile = TILES[features.element_size()]
+    return WIDE_TILE if tile.width < features.shape[2] and features.element_size() < 4 else tile
 
 
 class FusedSearch:
