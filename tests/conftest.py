@@ -24,6 +24,10 @@ from omegaconf import DictConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported: its kernels run on the CPU, slowly
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

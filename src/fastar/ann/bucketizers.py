@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Bucketizer, check_features, seeded_normal
-from fastar.ann.lsh import mean_of_valid
+from fastar.ann.lsh import mean_key
 from fastar.ann.similarity import squared_distance
 
 
@@ -31,7 +31,7 @@ class KMeansBucketizer(Bucketizer):
     def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(queries, keys, valid)
         queries = (queries - queries.mean(1, keepdim=True)).float()
-        keys = (keys - mean_of_valid(keys, valid)).float()
+        keys = (keys - mean_key(keys, valid)).float()
         valid = torch.ones_like(keys[..., 0], dtype=torch.bool) if valid is None else valid
         count = min(self.clusters, keys.shape[1])
         spread = torch.arange(count, device=keys.device) * valid.sum(1, keepdim=True) // count

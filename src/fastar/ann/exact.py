@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastar.ann.base import Matcher, Metric, check_features
+from fastar.ann.base import Excluded, Matcher, Metric, check_features, exclude, found_from, key_offset
 
 
 class ExactMatcher(Matcher):
@@ -18,23 +18,30 @@ class ExactMatcher(Matcher):
     def __init__(self, *, max_scores: int = 2**26) -> None:
         self.max_scores = max_scores
 
+    def exact(self) -> Matcher:
+        return self
+
     def nearest(
-        self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None, metric: Metric = "dot"
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        valid: Tensor | None = None,
+        excluded: Excluded | None = None,
+        metric: Metric = "dot",
     ) -> tuple[Tensor, Tensor]:
         check_features(queries, keys, valid)
         problems, count = queries.shape[:2]
         if keys.shape[1] == 0 or count == 0:
             return no_match(queries)
-        # |x - y|^2 = |x|^2 - 2 (x.y - |y|^2 / 2): the nearest key has the largest x.y - |y|^2 / 2.
-        offset = torch.zeros_like(keys[..., 0]) if metric == "dot" else keys.square().sum(-1) * -0.5
-        if valid is not None:
-            offset = offset.masked_fill(~valid, -torch.inf)
+        offset = key_offset(keys, valid, metric)
         block = max(1, self.max_scores // (problems * keys.shape[1]))
-        best = [torch.baddbmm(offset[:, None], part, keys.mT).max(-1) for part in queries.split(block, dim=1)]
-        score, index = torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1)
-        if metric == "euclidean":
-            score = (2 * score - queries.square().sum(-1)).clamp_max(0)
-        return torch.where(score == -torch.inf, -1, index), score
+        best = []
+        for start in range(0, count, block):
+            part = slice(start, start + block)
+            score = torch.baddbmm(offset[:, None], queries[:, part], keys.mT)
+            best.append(exclude(score, excluded, part).max(-1))
+        return found_from(best, queries, metric)
 
 
 def no_match(queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastar.ann.base import Matcher, Metric, check_features
-from fastar.ann.exact import no_match
+from fastar.ann.base import Excluded, Matcher, Metric, check_features
+from fastar.ann.exact import ExactMatcher, no_match
 
 
 class FaissMatcher(Matcher):
@@ -38,10 +38,21 @@ class FaissMatcher(Matcher):
                 "ann=faiss needs FAISS: install faiss-cpu (or faiss-gpu), or choose ann=exact"
             ) from error
 
+    def exact(self) -> Matcher:
+        return ExactMatcher()
+
     def nearest(
-        self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None, metric: Metric = "dot"
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        valid: Tensor | None = None,
+        excluded: Excluded | None = None,
+        metric: Metric = "dot",
     ) -> tuple[Tensor, Tensor]:
         check_features(queries, keys, valid)
+        if excluded is not None:
+            raise ValueError("FAISS cannot leave out other keys for each query: choose ann=exact")
         index, score = no_match(queries)
         for problem in range(queries.shape[0]):
             pool = torch.arange(keys.shape[1], device=keys.device)

@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastar.ann.base import Bucketizer, Matcher, Metric, check_features, seeded_planes
-from fastar.ann.exact import no_match
+from fastar.ann.base import (
+    Bucketizer,
+    Excluded,
+    Matcher,
+    Metric,
+    check_features,
+    exclude,
+    found_from,
+    key_offset,
+    seeded_planes,
+)
+from fastar.ann.exact import ExactMatcher, no_match
 
 
 class LSHMatcher(Matcher):
@@ -27,11 +37,7 @@ class LSHMatcher(Matcher):
     def __init__(
         self, *, bits: int = 8, tables: int = 8, radius: int = 1, seed: int = 0, max_scores: int = 2**26
     ) -> None:
-        check_bits(bits, 30)
-        if tables < 1 or not 0 <= radius < bits:
-            raise ValueError(
-                f"LSH needs tables >= 1 and 0 <= radius < bits; got {tables}, {radius} and {bits}"
-            )
+        check_lsh(bits, tables, radius)
         self.bits, self.tables, self.radius, self.seed, self.max_scores = (
             bits,
             tables,
@@ -40,31 +46,38 @@ class LSHMatcher(Matcher):
             max_scores,
         )
 
+    def exact(self) -> Matcher:
+        return ExactMatcher()
+
     def nearest(
-        self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None, metric: Metric = "dot"
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        valid: Tensor | None = None,
+        excluded: Excluded | None = None,
+        metric: Metric = "dot",
     ) -> tuple[Tensor, Tensor]:
         check_features(queries, keys, valid)
         if keys.shape[1] == 0 or queries.shape[1] == 0:
             return no_match(queries)
-        centre = mean_of_valid(keys, valid)
+        centre = mean_key(keys, valid)
         planes = seeded_planes(self.seed, keys.shape[2], self.tables * self.bits, like=keys)
         key_signs = self._signs(keys - centre, planes)
         # q.k ranks keys as q.(k - centre) does: only a distance moves the queries too
         query_signs = self._signs(queries - centre if metric == "euclidean" else queries, planes)
-        offset = torch.zeros_like(keys[..., 0]) if metric == "dot" else keys.square().sum(-1) * -0.5
-        if valid is not None:
-            offset = offset.masked_fill(~valid, -torch.inf)
+        offset = key_offset(keys, valid, metric)
 
         block = max(1, self.max_scores // (queries.shape[0] * self.tables * keys.shape[1]))
         best = []
-        for part, signs in zip(queries.split(block, 1), query_signs.split(block, 2), strict=True):
-            agreement = (signs @ key_signs.mT).amax(1)  # bits - 2 * differing bits, best table: [N, n, m]
-            score = torch.baddbmm(offset[:, None], part, keys.mT)
-            best.append(score.masked_fill(agreement < self.bits - 2 * self.radius, -torch.inf).max(-1))
-        score, index = torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1)
-        if metric == "euclidean":
-            score = (2 * score - queries.square().sum(-1)).clamp_max(0)
-        return torch.where(score == -torch.inf, -1, index), score
+        for start in range(0, queries.shape[1], block):
+            part = slice(start, start + block)
+            # bits - 2 * differing bits, best table: [N, n, m]
+            agreement = (query_signs[:, :, part] @ key_signs.mT).amax(1)
+            score = torch.baddbmm(offset[:, None], queries[:, part], keys.mT)
+            score = score.masked_fill(agreement < self.bits - 2 * self.radius, -torch.inf)
+            best.append(exclude(score, excluded, part).max(-1))
+        return found_from(best, queries, metric)
 
     def _signs(self, x: Tensor, planes: Tensor) -> Tensor:
         """Sides of the hyperplanes as +-1: x [N, n, d] -> [N, tables, n, bits]."""
@@ -95,7 +108,7 @@ class LSHBucketizer(Bucketizer):
         check_features(queries, keys, valid)
         planes = seeded_planes(self.seed, keys.shape[2], self.bits, like=keys)
         queries = queries - queries.mean(1, keepdim=True) if self.centre_queries else queries
-        keys = keys - mean_of_valid(keys, valid) if self.centre else keys
+        keys = keys - mean_key(keys, valid) if self.centre else keys
         return codes_of(queries @ planes), codes_of(keys @ planes)
 
 
@@ -105,13 +118,20 @@ def check_bits(bits: int, most: int) -> None:
         raise ValueError(f"bits must be from 1 to {most}, got {bits}")
 
 
+def check_lsh(bits: int, tables: int, radius: int) -> None:
+    """Raise a ValueError unless these are settings of `LSHMatcher`."""
+    check_bits(bits, 30)
+    if tables < 1 or not 0 <= radius < bits:
+        raise ValueError(f"LSH needs tables >= 1 and 0 <= radius < bits; got {tables}, {radius} and {bits}")
+
+
 def codes_of(side: Tensor) -> Tensor:
     """Signs [..., bits] as one integer [...]."""
     return ((side > 0).long() << torch.arange(side.shape[-1], device=side.device)).sum(-1)
 
 
-def mean_of_valid(keys: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of the valid keys [N, m, d], [N, 1, d]; None: of all."""
+def mean_key(keys: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean [N, 1, d] of the keys [N, m, d] that are valid; None: of all."""
     if valid is None:
         return keys.mean(1, keepdim=True)
     weight = valid[..., None].to(keys.dtype)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastar.ann.base import Bucketizer, Matcher, Metric, check_features, seeded_planes
-from fastar.ann.exact import ExactMatcher
-from fastar.ann.lsh import mean_of_valid
+from fastar.ann.base import Bucketizer, Excluded, Matcher, Metric, check_features, seeded_planes
+from fastar.ann.exact import ExactMatcher, no_match
+from fastar.ann.lsh import mean_key
 
 
 class QuantizedMatcher(Matcher):
@@ -21,22 +21,30 @@ class QuantizedMatcher(Matcher):
     """
 
     def __init__(self, *, bits: int = 8) -> None:
-        if not 2 <= bits <= 8:
-            raise ValueError(f"bits must be from 2 to 8, got {bits}")
+        check_code_bits(bits)
         self.bits = bits
         self._search = ExactMatcher()
 
+    def exact(self) -> Matcher:
+        return self._search
+
     def nearest(
-        self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None, metric: Metric = "dot"
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        valid: Tensor | None = None,
+        excluded: Excluded | None = None,
+        metric: Metric = "dot",
     ) -> tuple[Tensor, Tensor]:
         check_features(queries, keys, valid)
         if keys.shape[1] == 0 or queries.shape[1] == 0:
-            return self._search.nearest(queries, keys, valid=valid, metric=metric)
+            return no_match(queries)
         # q.k ranks keys as q.(k - c) does, so keys may be centred under either metric; queries only under distances
         centre = keys.mean(1, keepdim=True)
         keys = quantize(keys - centre, self.bits)
         queries = quantize(queries - centre if metric == "euclidean" else queries, self.bits)
-        return self._search.nearest(queries, keys, valid=valid, metric=metric)
+        return self._search.nearest(queries, keys, valid=valid, excluded=excluded, metric=metric)
 
 
 class QuantizedBucketizer(Bucketizer):
@@ -58,7 +66,7 @@ class QuantizedBucketizer(Bucketizer):
         check_features(queries, keys, valid)
         projection = seeded_planes(self.seed, keys.shape[2], self.dims, like=keys).float()
         if self.centre:
-            queries, keys = queries - queries.mean(1, keepdim=True), keys - mean_of_valid(keys, valid)
+            queries, keys = queries - queries.mean(1, keepdim=True), keys - mean_key(keys, valid)
         sides = [(x.float() @ projection).mT.contiguous() for x in (queries, keys)]
         levels = 2**self.bits
         counted = sides if valid is None else [sides[0], sides[1].masked_fill(~valid[:, None], torch.inf)]
@@ -75,6 +83,22 @@ class QuantizedBucketizer(Bucketizer):
 
 def quantize(x: Tensor, bits: int) -> Tensor:
     """x [N, n, d] rounded to 2^bits - 1 symmetric levels of one scale for each of the N problems."""
+    scale = code_scale(x, bits)
+    return codes_at(x, scale, bits) * scale
+
+
+def code_scale(x: Tensor, bits: int) -> Tensor:
+    """Step [N, 1, 1] between the levels of x [N, n, d]."""
+    return x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
+
+
+def codes_at(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Levels of x [N, n, d] as whole numbers, in x's dtype."""
     top = 2 ** (bits - 1) - 1
-    scale = x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-12) / top
-    return (x / scale).round().clamp(-top, top) * scale
+    return (x / scale).round().clamp(-top, top)
+
+
+def check_code_bits(bits: int) -> None:
+    """Raise a ValueError unless 2 <= bits <= 8."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be from 2 to 8, got {bits}")

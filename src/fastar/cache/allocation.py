@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Matcher
+from fastar.ann.exact import ExactMatcher
 from fastar.cache.merge import (
     Weighting,
+    average_in_place,
     cheapest,
     find_roots,
-    group_mean,
     merge_cost,
     rows_of,
 )
-
-_MAX_SCORES = 2**26  # scores held at a time in `renew`
 
 
 @dataclass
@@ -83,14 +82,22 @@ def choose(
         root, gone = step.gather(1, root), gone | chosen
         partner = torch.where(partner < 0, -1, step.gather(1, partner.clamp_min(0)))
         if left:
-            mean, count = group_mean(features, step, count, after - before)
+            if features is slots.features:
+                features = features.clone()
             kept = slots.key_width if keep_last_key else 0
-            features = torch.cat([features[..., :kept], mean[..., kept:]], -1)
+            count = average_in_place(features[..., kept:], step, count, after - before)
             cost = merge_cost(features, count, partner, weighting)
     return root, gone, partner
 
 
-def renew(slots: Candidates, before: Tensor, number: int, frame: int, weighting: Weighting) -> Tensor:
+def renew(
+    slots: Candidates,
+    before: Tensor,
+    number: int,
+    frame: int,
+    weighting: Weighting,
+    matcher: Matcher | None = None,
+) -> Tensor:
     """Search the nearest newer slot anew, exactly, for the `number` slots whose partner became dearest.
 
     Args:
@@ -98,6 +105,8 @@ def renew(slots: Candidates, before: Tensor, number: int, frame: int, weighting:
         before: cost [N, M] of each slot's partner before them.
         number: slots a problem.
         frame: tokens of the newest frame, which has no newer partner.
+        weighting: see `fastar.cache.merge.pair_weight`.
+        matcher: searches among all newer slots; None for `ExactMatcher`.
 
     Returns:
         partner [N, M], the cheaper one of found and old.
@@ -105,14 +114,10 @@ def renew(slots: Candidates, before: Tensor, number: int, frame: int, weighting:
     features, count, partner = slots.features, slots.count, slots.partner
     cost = merge_cost(features, count, partner, weighting)
     worse = torch.where(partner < 0, torch.inf, cost - before)
-    worse[:, -frame:] = -torch.inf
+    worse[:, -frame:].fill_(-torch.inf)
     rows = worse.argsort(dim=1, descending=True, stable=True)[:, :number]
-    offset = features.square().sum(-1) * -0.5
-    index, found = torch.arange(count.shape[1], device=count.device), partner
-    for part in rows.split(max(1, _MAX_SCORES // count.numel()), dim=1):
-        score = torch.baddbmm(
-            offset[:, None], rows_of(features, part), features.mT
-        )  # largest for the nearest
-        best = score.masked_fill_(index <= part[..., None], -torch.inf).max(-1)
-        found = found.scatter(1, part, torch.where(best.values == -torch.inf, -1, best.indices))
-    return torch.where(merge_cost(features, count, found, weighting) < cost, found, partner)
+    not_newer = (torch.zeros_like(rows), rows + 1)
+    search = ExactMatcher() if matcher is None else matcher
+    index, _ = search.nearest(rows_of(features, rows), features, excluded=not_newer, metric="euclidean")
+    better = merge_cost(features, count, index, weighting, rows=rows) < cost.gather(1, rows)
+    return partner.scatter(1, rows, torch.where(better, index, partner.gather(1, rows)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastar.cache.base import Staged
+from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.policy import Prepared, SlotPolicy
 from fastar.cache.slots import Slots
 
@@ -17,11 +18,11 @@ class DenseCache(SlotPolicy):
     """
 
     def absorb(
-        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
-    ) -> Slots:
-        return slots
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
+    ) -> Change:
+        return Change(slots)
 
-    def _commit_layer(self, layer: int) -> tuple[Slots, dict[str, Tensor]]:
+    def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
         return self._encode(self._staged[layer]), {}  # what arrives, without a copy of the history
 
     def _take_in(self, prepared: Prepared) -> int:
@@ -29,5 +30,6 @@ class DenseCache(SlotPolicy):
         total = self.filled + prepared[0][0].size
         self._reserve(total, keep=self.filled)
         for buffer, (slots, _) in zip(self._buffers, prepared, strict=True):
+            assert isinstance(slots, Slots)
             buffer.write(self.filled, slots)
         return total

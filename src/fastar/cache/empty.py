@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastar.cache.base import Staged
+from fastar.cache.change import Joined
 from fastar.cache.policy import SlotPolicy
 from fastar.cache.slots import Slots
 
@@ -19,7 +20,7 @@ class EmptyCache(SlotPolicy):
         return 0
 
     def absorb(
-        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
     ) -> Slots:
         return slots.narrow(0, 0)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastar.cache.base import Staged
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
+from fastar.cache.change import Change, Joined
 from fastar.cache.slots import Slots
 
 
@@ -21,13 +22,14 @@ class EvictionPolicy(BudgetedPolicy):
         """What each slot is worth: float [*metadata_shape, slots], inf for those that must stay."""
 
     def absorb(
-        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
-    ) -> Slots:
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
+    ) -> Change:
         capacity = self.capacity_slots()
         if slots.size <= capacity:
-            return slots
+            return Change(slots)
         ranked = self.score(layer, slots, arrived).argsort(dim=-1, stable=True)  # oldest first among equals
-        return slots.gather(ranked[..., -capacity:].sort(dim=-1).values)
+        keep = ranked[..., -capacity:].sort(dim=-1).values
+        return Change(slots, keep, arrivals_stay=arrived <= self.verbatim_slots())
 
 
 class RecentEvictionPolicy(EvictionPolicy):

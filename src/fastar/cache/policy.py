@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.lineage import Lineage, PartOfHeads
 from fastar.cache.slots import (
     DTYPES,
@@ -31,12 +32,15 @@ class SlotOptions(TypedDict, total=False):
     quant_group: int | None
 
 
-Prepared = list[tuple[Slots, dict[str, Tensor]]]
-"""By layer: slots and extras after a commit that has not happened yet."""
+Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
+"""By layer: slots, or what is to be done to them in place, and extras after a commit that has not happened yet."""
 
 
 class SlotPolicy(CachePolicy):
     """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
+
+    A layer's slots live in one buffer, at one address. A commit first works out what is to be done to all layers
+    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
 
@@ -67,9 +71,12 @@ class SlotPolicy(CachePolicy):
 
     @abstractmethod
     def absorb(
-        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
-    ) -> Slots:
-        """What to keep of `slots`, whose last `arrived` are new. May replace entries of `extras`, a fresh dict."""
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
+    ) -> Slots | Change:
+        """What to keep of `slots`, whose last `arrived` are new, as new slots or as a change of these.
+
+        Must not write to `slots`. May replace entries of `extras`, a fresh dict.
+        """
 
     def capacity_slots(self) -> int | None:
         """Slots a layer and head may hold; None if unbounded."""
@@ -144,7 +151,8 @@ class SlotPolicy(CachePolicy):
         self._check_commit(first_frame, num_frames)
         if self._lineage is not None:
             self._lineage.arrive(self._staged[0].positions)
-        return [self._commit_layer(layer) for layer in range(self.spec.num_layers)]
+        scratch = Scratch()
+        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, first_frame: int, num_frames: int) -> None:
@@ -273,11 +281,16 @@ class SlotPolicy(CachePolicy):
                     f"and rows and columns must stay below {MAX_SIDE}"
                 )
 
-    def _commit_layer(self, layer: int) -> tuple[Slots, dict[str, Tensor]]:
+    def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
         slots, extras = self._buffers[layer].narrow(0, self.filled), dict(self._extras[layer])
-        for block in self._blocks(self._staged[layer]):
-            arrived = block.k.shape[2]
-            slots = self.absorb(layer, Slots.cat(slots, self._encode(block)), arrived, block, extras)
+        blocks = list(self._blocks(self._staged[layer]))
+        for block in blocks:
+            result = self.absorb(layer, Joined(slots, self._encode(block)), block.k.shape[2], block, extras)
+            if isinstance(result, Change):
+                if len(blocks) == 1 and result.arrivals_stay:
+                    return Edit(result, self._buffers[layer], scratch), extras
+                result = result.done()
+            slots = result
         return slots, extras
 
     def _blocks(self, staged: Staged) -> Iterator[Staged]:
@@ -310,8 +323,11 @@ class SlotPolicy(CachePolicy):
     def _store(self, layers: Prepared) -> None:
         """Put slots and extras in place of the current ones. Buffers that suffice are kept, at their address."""
         self._reserve(layers[0][0].size, keep=0)
-        for layer, (slots, extras) in enumerate(layers):
-            self._buffers[layer].write(0, slots)
+        for layer, (result, extras) in enumerate(layers):
+            if isinstance(result, Edit):
+                result.apply(self._buffers[layer])
+            else:
+                self._buffers[layer].write(0, result)
             self._extras[layer] = extras
 
     def _reserve(self, size: int, keep: int) -> None:

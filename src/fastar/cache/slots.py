@@ -77,7 +77,9 @@ class SlotFormat:
 class Slots:
     """Named tensors [B or 1, H or 1, S, ...] of one layer, handled as one sequence of S slots."""
 
-    def __init__(self, fields: dict[str, Tensor]) -> None:
+    fields: Mapping[str, Tensor]
+
+    def __init__(self, fields: Mapping[str, Tensor]) -> None:
         sizes = {name: tensor.shape[2] for name, tensor in fields.items()}
         assert len(set(sizes.values())) == 1, f"fields disagree in their number of slots: {sizes}"
         self.fields = fields

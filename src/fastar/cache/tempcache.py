@@ -7,41 +7,24 @@ fixed instead of a threshold: of all slots, the merges that cost least are done,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
-from fastar.ann.similarity import SIMILARITIES, Similarity, key_features
+from fastar.ann.similarity import SIMILARITIES, Similarity
 from fastar.cache.allocation import Candidates, choose, match, renew
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
-from fastar.cache.merge import Representative, Weighting, group_medoid, rows_of, segment_sum
-from fastar.cache.moments import Moment, expand_moment, moment_shape, query_moment
-from fastar.cache.slots import Slots, take, unpack_positions
+from fastar.cache.change import Change, Joined
+from fastar.cache.merge import Representative, Weighting, flat_index, joins_of, rows_of, segment_sum
+from fastar.cache.middle import MatchSpace, MergedValue, MergeRules, Middle
+from fastar.cache.moments import Moment, moment_shape, query_moment
+from fastar.cache.slots import Slots
 
-MatchSpace = Literal["raw", "roped"]
 _MAX_COUNT = torch.iinfo(torch.int16).max
-
-
-@dataclass
-class Middle:
-    """The slots that may merge, folded to N problems (see `fastar.cache.merge`), with what decides which do."""
-
-    key: Tensor  # [N, M, Dk] in match space
-    value: Tensor  # [N, M, Dv]
-    key_features: Tensor  # [N, M, Fk]
-    value_scale: Tensor  # [N, 1, Dv], turns values into features
-    count: Tensor  # float [N, M]
-    partner: Tensor  # int64 [N, M], newer slot of least cost, or -1
-
-    def candidates(self) -> Candidates:
-        """Features z = [key features; scaled value], the space in which merges are cheap or dear."""
-        features = torch.cat([self.key_features, self.value * self.value_scale], -1)
-        return Candidates(features, self.count, self.partner, self.key_features.shape[-1])
 
 
 class TempCache(BudgetedPolicy):
@@ -75,7 +58,8 @@ class TempCache(BudgetedPolicy):
         refresh: partners searched anew at each commit, as a multiple of the tokens that arrive.
         moment: `full` second moment of the queries, or its `diagonal`.
         moment_horizon: blocks (of `chunk_frames`) that the running moment averages over.
-        matcher: how an arrival's partners are found; exact by default.
+        matcher: how an arrival's partners are found; exact by default. Partners are searched anew among all newer slots
+            by what goes with it (`Matcher.exact`).
         budget: see `BudgetedPolicy`.
     """
 
@@ -85,7 +69,7 @@ class TempCache(BudgetedPolicy):
         similarity: Similarity = "expected_logit_change",
         match_space: MatchSpace = "roped",
         key: Representative = "mean",
-        value: Literal["mean", "value_aware"] = "mean",
+        value: MergedValue = "mean",
         log_count: bool = True,
         value_weight: float = 1.0,
         weighting: Weighting = "root_ward",
@@ -168,8 +152,8 @@ class TempCache(BudgetedPolicy):
     # -- a commit ------------------------------------------------------------------------------------------------
 
     def absorb(
-        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
-    ) -> Slots:
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
+    ) -> Change:
         self._observe(staged, extras)
         frame = self.spec.tokens_per_frame
         start = min(self.sink_frames * frame, slots.size)
@@ -177,16 +161,22 @@ class TempCache(BudgetedPolicy):
         known = max(0, stop - start - arrived)  # slots that were in the middle before this commit
         surplus = slots.size - self.capacity_slots()
         if stop == start:
-            return slots
-        part = slots.narrow(start, stop)
-        middle = self._open(part, extras)
-        candidates = middle.candidates()
+            return Change(slots)
+        middle = Middle(slots.narrow(start, stop), self._rules(), extras.get("moment"))
+        candidates = middle.candidates
         candidates.partner, cost = match(candidates, known, frame, self.matcher, self.weighting)
+        change = Change(slots, first=start, arrivals_stay=stop <= slots.size - arrived)
         if surplus > 0:
-            part = self._shrink(layer, part, middle, candidates, cost, surplus, arrived)
+            self._shrink(layer, change, middle, cost, surplus, arrived)
+            newer = torch.arange(stop, slots.size, device=cost.device).expand(*self.metadata_shape(), -1)
+            assert change.keep is not None and change.place is not None
+            change.keep, change.place = torch.cat([change.keep + start, newer], 2), change.place + start
         else:
-            part = self._with_partner(part, candidates.partner)
-        return Slots.cat(slots.narrow(0, start), part, slots.narrow(stop, slots.size))
+            change.whole["partner"] = self._as_metadata("partner", candidates.partner)
+        for name, inner in change.whole.items():
+            sink, recent = slots.narrow(0, start)[name], slots.narrow(stop, slots.size)[name]
+            change.whole[name] = torch.cat([sink, inner, recent], 2)
+        return change
 
     def _observe(self, staged: Staged, extras: dict[str, Tensor]) -> None:
         """Take the arriving queries into the running second moment."""
@@ -200,119 +190,50 @@ class TempCache(BudgetedPolicy):
         moment = extras["moment"].float().lerp(query_moment(queries, self.moment), share)
         extras.update(moment=moment.to(extras["moment"].dtype), observed=observed)
 
-    def _open(self, part: Slots, extras: dict[str, Tensor]) -> Middle:
-        """Read the slots that may merge and map them to features."""
-        key, value = (self._format.unpack(name, part.fields, torch.float32) for name in ("key", "value"))
-        if self.match_space == "raw":
-            key = self.spec.rope.unrotate(key, unpack_positions(part["position"]))
-        moment = None
-        if "moment" in extras:
-            moment = expand_moment(extras["moment"], self.moment, self.spec.head_dim)
-        features = key_features(key, self.similarity, query_moment=moment)
-        scale = (self.value_weight * _variance(features) / _variance(value).clamp_min(1e-12)).sqrt()
-        return Middle(
-            key=self._fold(key),
-            value=self._fold(value),
-            key_features=self._fold(features),
-            value_scale=self._fold(scale[..., None, None].expand(-1, -1, 1, value.shape[-1])),
-            count=part["count"].float().flatten(0, 1),
-            partner=part["partner"].long().flatten(0, 1),
+    def _rules(self) -> MergeRules:
+        return MergeRules(
+            spec=self.spec,
+            format=self._format,
+            similarity=self.similarity,
+            match_space=self.match_space,
+            key=self.key,
+            value=self.value,
+            value_weight=self.value_weight,
+            per_head=self.per_head,
+            moment=self.moment,
         )
 
     def _shrink(
-        self,
-        layer: int,
-        part: Slots,
-        middle: Middle,
-        candidates: Candidates,
-        cost: Tensor,
-        surplus: int,
-        arrived: int,
-    ) -> Slots:
-        """Do `surplus` merges."""
+        self, layer: int, change: Change, middle: Middle, cost: Tensor, surplus: int, arrived: int
+    ) -> None:
+        """Plan `surplus` merges: what of the middle is kept and written is noted in `change`, by its own indices."""
+        candidates, shape = middle.candidates, self.metadata_shape()
         root, gone, partner = choose(
             candidates, cost, surplus, self.rounds, self.weighting, keep_last_key=self.key == "last"
         )
-        merged, after = self._merge(part, middle, root, surplus)
-        self.note_merges(layer, part, merged, root)
+        joins = joins_of(root, surplus)
+        change.rows, features = middle.merged(root, joins)
+        change.place = joins.place.unflatten(0, shape)
+        position = middle.slots["position"]
+        if "position" in change.rows:
+            position = position.scatter(2, change.place, change.rows["position"])
+        self.note_merges(layer, middle.slots, Slots({"position": position}), root)
+
         keep = gone.to(torch.int8).argsort(dim=1, stable=True)[:, : root.shape[1] - surplus]
-        place = (~gone).cumsum(1) - 1
-        partner = torch.where(partner < 0, -1, place.gather(1, partner.clamp_min(0))).gather(1, keep)
+        change.keep = keep.unflatten(0, shape)
+        count = segment_sum(candidates.count[..., None], root, surplus)[..., 0].gather(1, keep)
+        rank = (~gone).cumsum(1) - 1
+        partner = torch.where(partner < 0, -1, rank.gather(1, partner.clamp_min(0))).gather(1, keep)
         renewed = min(int(self.refresh * arrived), keep.shape[1])
         if renewed:
-            left = after.candidates()
-            left = Candidates(
-                rows_of(left.features, keep), left.count.gather(1, keep), partner, left.key_width
-            )
-            partner = renew(left, cost.gather(1, keep), renewed, self.spec.tokens_per_frame, self.weighting)
-        return self._with_partner(merged.gather(keep.unflatten(0, self.metadata_shape())), partner)
+            index = flat_index(joins.place, root.shape[1])
+            candidates.features.flatten(0, 1).index_copy_(0, index, features.flatten(0, 1))
+            left = Candidates(rows_of(candidates.features, keep), count, partner, candidates.key_width)
+            frame, search = self.spec.tokens_per_frame, self.matcher.exact()
+            partner = renew(left, cost.gather(1, keep), renewed, frame, self.weighting, search)
+        change.whole["count"] = self._as_metadata("count", count.clamp_max(_MAX_COUNT))
+        change.whole["partner"] = self._as_metadata("partner", partner)
 
-    def _merge(self, part: Slots, middle: Middle, root: Tensor, most: int) -> tuple[Slots, Middle]:
-        """Every root's merged slot in place of its own; slots that are no root are left for the caller to drop."""
-        # one sum over the groups for all that is averaged: values by their own weights, the rest by count
-        weight = self._value_weights(middle, root)
-        parts = [middle.value * weight[..., None], weight[..., None], middle.count[..., None]]
-        if self.key == "mean":
-            parts += [x * middle.count[..., None] for x in (middle.key, middle.key_features)]
-        sums = segment_sum(torch.cat(parts, -1), root, most).split([x.shape[-1] for x in parts], -1)
-        value, count = sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny), sums[2][..., 0]
-        changed = (count > middle.count)[..., None]
-        after = Middle(
-            key=middle.key,
-            value=torch.where(changed, value, middle.value),
-            key_features=middle.key_features,
-            value_scale=middle.value_scale,
-            count=count,
-            partner=middle.partner,
-        )
-        fields = self._repack(part, "value", after.value, changed)
-        fields["count"] = count.clamp_max(_MAX_COUNT).to(torch.int16).unflatten(0, self.metadata_shape())
-        if self.key == "mean":
-            means = [x / count[..., None].clamp_min(1) for x in sums[3:]]
-            after.key = torch.where(changed, means[0], middle.key)
-            after.key_features = torch.where(changed, means[1], middle.key_features)
-            fields.update(self._repack(part, "key", after.key, changed))
-        elif self.key == "medoid":
-            chosen = group_medoid(middle.key_features, root, middle.count, most)
-            after.key_features = rows_of(middle.key_features, chosen)
-            index = chosen.unflatten(0, self.metadata_shape())
-            moved = [name for name in part.fields if name.startswith("key") or name == "position"]
-            fields.update({name: take(part[name], index) for name in moved})
-        return part.replace(**fields), after
-
-    def _value_weights(self, middle: Middle, root: Tensor) -> Tensor:
-        """Weights [N, M] of the members of a group in its value."""
-        if self.value == "mean":
-            return middle.count
-        heads = 1 if self.per_head else self.spec.num_heads
-        energy = middle.key_features.square().sum(-1) / heads
-        return middle.count * (0.5 * (energy - energy.gather(1, root))).clamp(-8, 8).exp()
-
-    # -- folding -------------------------------------------------------------------------------------------------
-
-    def _fold(self, x: Tensor) -> Tensor:
-        """[B, H, M, D] -> [B * H, M, D], or [B, M, H * D] if heads share their groups."""
-        return x.flatten(0, 1) if self.per_head else x.transpose(1, 2).flatten(2)
-
-    def _unfold(self, x: Tensor) -> Tensor:
-        """Inverse of `_fold`."""
-        if self.per_head:
-            return x.unflatten(0, (self.spec.batch, self.spec.num_heads))
-        return x.unflatten(2, (self.spec.num_heads, -1)).transpose(1, 2)
-
-    def _repack(self, part: Slots, name: str, x: Tensor, changed: Tensor) -> dict[str, Tensor]:
-        """Fields of `name` with x [N, M, D] packed where `changed` [N, M, 1]; the rest is not rounded again."""
-        mask = changed.unflatten(0, self.metadata_shape())
-        vectors = self._unfold(x)
-        if name == "key" and self.match_space == "raw":
-            vectors = self.spec.rope.rotate(vectors, unpack_positions(part["position"]))
-        packed = self._format.pack(name, vectors)
-        return {field: torch.where(mask, new, part[field]) for field, new in packed.items()}
-
-    def _with_partner(self, part: Slots, partner: Tensor) -> Slots:
-        return part.replace(partner=partner.to(part["partner"].dtype).unflatten(0, self.metadata_shape()))
-
-
-def _variance(x: Tensor) -> Tensor:
-    """Mean squared distance to the mean over M: [B, H, M, D] -> [B, H]."""
-    return (x - x.mean(2, keepdim=True)).square().sum(-1).mean(2)
+    def _as_metadata(self, name: str, x: Tensor) -> Tensor:
+        """x [N, M] as the field `name` is stored."""
+        return x.to(self._buffers[0][name].dtype).unflatten(0, self.metadata_shape())

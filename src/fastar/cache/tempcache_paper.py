@@ -11,10 +11,11 @@ from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.ann.similarity import SIMILARITIES, Similarity, key_features
 from fastar.cache.base import Staged, check_choice
+from fastar.cache.change import Joined
 from fastar.cache.merge import Representative, find_roots, group_mean, group_medoid, rows_of
+from fastar.cache.middle import MatchSpace
 from fastar.cache.policy import Prepared, SlotOptions, SlotPolicy
 from fastar.cache.slots import Slots, take, unpack_positions
-from fastar.cache.tempcache import MatchSpace
 
 
 class TempCachePaper(SlotPolicy):
@@ -97,9 +98,10 @@ class TempCachePaper(SlotPolicy):
 
     def _take_in(self, prepared: Prepared) -> int:
         # One wait for the device a commit: layers are cut to the longest list of slots in any of them.
-        size = max(int((slots["count"] > 0).sum(-1).max()) for slots, _ in prepared)
-        padded = []
-        for slots, extras in prepared:
+        layers = [(slots, extras) for slots, extras in prepared if isinstance(slots, Slots)]
+        size = int(torch.stack([(slots["count"] > 0).sum(-1).max() for slots, _ in layers]).max())
+        padded: Prepared = []
+        for slots, extras in layers:
             kept = slots.narrow(0, min(size, slots.size))
             padded.append(
                 (Slots.cat(kept, slots.empty(size - kept.size)) if kept.size < size else kept, extras)
@@ -108,7 +110,7 @@ class TempCachePaper(SlotPolicy):
         return size
 
     def absorb(
-        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
     ) -> Slots:
         frame, past = self.spec.tokens_per_frame, slots.size - arrived
         kept = slots.narrow(0, past)
@@ -176,7 +178,7 @@ class TempCachePaper(SlotPolicy):
         merged = both.replace(**fields)
         self.note_merges(layer, both, merged, root)
         empty = gone | (count == 0)
-        merged.fields["count"] = merged["count"].masked_fill(empty.unflatten(0, shape), 0)
+        merged = merged.replace(count=merged["count"].masked_fill(empty.unflatten(0, shape), 0))
         order = empty.to(torch.int8).argsort(dim=1, stable=True)
         merged = merged.gather(order.unflatten(0, shape))
         if self.key != "last":
