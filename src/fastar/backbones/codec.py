@@ -1,7 +1,8 @@
 """What turns pixels into latents and back, as the rest of the library handles it, frame by frame or with a memory.
 
-An autoencoder of temporal stride s makes latent frame 0 of one pixel frame and every later one of s: n latent frames show
-1 + s (n - 1) pixel frames. One that looks at earlier frames is decoded in order, through a stream that remembers them.
+An autoencoder of temporal stride s makes latent frame 0 of one pixel frame and every later one of s: n latent frames
+show 1 + s (n - 1) pixel frames. One that looks at earlier frames is decoded in order, through a stream that remembers
+them.
 """
 
 from __future__ import annotations

@@ -95,16 +95,20 @@ def _unpickled(file: Path) -> dict[str, Any]:
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            held = torch.load(file, map_location="cpu", weights_only=True)  # torch before 1.6 wrote no zip files
+            held = torch.load(
+                file, map_location="cpu", weights_only=True
+            )  # torch before 1.6 wrote no zip files
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise ValueError(
-                f"{file} holds more than tensors, and loading that could run foreign code: convert it to safetensors where "
-                "it comes from"
+                f"{file} holds more than tensors, and loading that could run foreign code: convert it to safetensors "
+                "where it comes from"
             ) from error
         raise ValueError(_damaged(file)) from error
     if not isinstance(held, dict):
-        raise ValueError(f"{file} holds a {type(held).__name__} instead of tensors by name: give another file")
+        raise ValueError(
+            f"{file} holds a {type(held).__name__} instead of tensors by name: give another file"
+        )
     return held
 
 
@@ -113,7 +117,7 @@ def _damaged(file: Path) -> str:
 
 
 def checksum(files: Sequence[Path], cache: str | Path | None = None) -> str:
-    """sha256 of a file; of several, that of their names and checksums, in order. Remembered as in `remembered_sha256`."""
+    """sha256 of a file; of several, that of their names and checksums, in order. See `remembered_sha256`."""
     sums = [remembered_sha256(file, cache) for file in files]
     if len(sums) == 1:
         return sums[0]
@@ -124,8 +128,8 @@ def checksum(files: Sequence[Path], cache: str | Path | None = None) -> str:
 def remembered_sha256(file: Path, cache: str | Path | None) -> str:
     """sha256 of `file`, computed once: below `cache` it is kept beside the file's size and time of change.
 
-    Reading a checkpoint of 57 GB again in every run of a sweep would take minutes. A file that is changed without either
-    being changed is not noticed; remove the folder then.
+    Reading a checkpoint of 57 GB again in every run of a sweep would take minutes. A file that changes while neither of
+    them does is not noticed; remove the folder then.
     """
     stat = file.stat()
     known = {"file": str(file.resolve()), "size": stat.st_size, "changed_ns": stat.st_mtime_ns}

@@ -2,10 +2,10 @@
 
 A checkpoint is named by
 - a file: `.safetensors`, `.pt`, `.pth`, `.bin`, or the `.index.json` of one that was cut into shards;
-- a folder: one of ours (`save_backbone`), a diffusers folder (its part `transformer`, `vae` or `text_encoder`), or one with a
-  single file of weights; safetensors are preferred;
-- a hub id: `owner/name[@revision][:file]`. Looked for in the folder `store` first, as `store/owner/name[/file]`, so that a
-  machine without a network finds what was put there under the same name; then in the hub's own cache and on the hub.
+- a folder: one of ours (`save_backbone`), a diffusers folder (its part `transformer`, `vae` or `text_encoder`), or one
+  with a single file of weights; safetensors are preferred;
+- a hub id: `owner/name[@revision][:file]`. Looked for in the folder `store` first, as `store/owner/name[/file]`, so
+  that a machine without a network finds what was put there under the same name; then in the hub's cache and on the hub.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def find_weights(
     if hub is None:
         if not path.exists():
             raise FileNotFoundError(
-                f"there is no checkpoint {checkpoint}: give a file ({', '.join((*SAFE, *PICKLED))}), a folder, or a hub "
-                "id, owner/name[@revision][:file]"
+                f"there is no checkpoint {checkpoint}: give a file ({', '.join((*SAFE, *PICKLED))}), a folder, or a "
+                "hub id, owner/name[@revision][:file]"
             )
         return _at(path, part, usual)
     kept = store / hub["repo"] / (hub["file"] or "")
@@ -120,7 +120,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(files)} shards that {index} lists are missing, {missing[0]} first: download them, too"
+            f"{len(missing)} of the {len(files)} shards that {index} lists are missing, {missing[0]} first: download "
+            "them, too"
         )
     return files
 
@@ -146,9 +147,13 @@ def _on_hub(
             RevisionNotFoundError,
         )
     except ImportError as error:
-        raise ValueError(f"{repo} is a hub id, which needs huggingface_hub: pip install -e '.[wan]'") from error
+        raise ValueError(
+            f"{repo} is a hub id, which needs huggingface_hub: pip install -e '.[wan]'"
+        ) from error
     whole = repo + (f"@{revision}" if revision else "")
-    command = f"hf download {repo}" + (f" {file}" if file else "") + (f" --revision {revision}" if revision else "")
+    command = (
+        f"hf download {repo}" + (f" {file}" if file else "") + (f" --revision {revision}" if revision else "")
+    )
     try:
         if file is not None and Path(file).suffix in (*SAFE, *PICKLED):
             return _at(Path(huggingface_hub.hf_hub_download(repo, file, revision=revision)), part, usual)
@@ -159,7 +164,10 @@ def _on_hub(
         for patterns in (wanted, *([f"{inside}{ending}" for ending in some] for some in endings)):
             nested = [] if patterns is wanted else [f"{inside}*/*"]
             snapshot = huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=[*patterns, f"{inside}{CONFIG}"], ignore_patterns=nested
+                repo,
+                revision=revision,
+                allow_patterns=[*patterns, f"{inside}{CONFIG}"],
+                ignore_patterns=nested,
             )
             folder = Path(snapshot) / (file or "")
             if folder.is_dir() and _in_folder(folder, part, usual) is not None:
@@ -175,8 +183,9 @@ def _on_hub(
             f"there is no checkpoint {whole}{f':{file}' if file else ''}, neither here nor on the hub ({reason})"
         ) from error
     except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{whole} could not be downloaded ({str(error).strip().partition(chr(10))[0]}): try again, or run `{command}`"
+            f"{whole} could not be downloaded ({reason}): try again, or run `{command}`"
         ) from error
     raise FileNotFoundError(
         f"the repository {whole} has no weights at its top nor in {part}/: name the file, {repo}:FILE"

@@ -75,7 +75,10 @@ class WanAutoencoder(nn.Module):
         """
         kind, converted = _diffusers()
         if checkpoint == RANDOM:
-            network, sha256 = _random(kind, {}), hashlib.sha256(b"random Wan 2.1 autoencoder, seed 0").hexdigest()
+            network, sha256 = (
+                _random(kind, {}),
+                hashlib.sha256(b"random Wan 2.1 autoencoder, seed 0").hexdigest(),
+            )
         else:
             found = find_weights(checkpoint, part=PART, usual=USUAL, store=store)
             tensors = read_tensors(found.files)
@@ -137,7 +140,9 @@ class WanStream:
         for frame in hidden.split(1, dim=2):
             first = self._features is None
             # a decoder replaces the features in this list and changes none of them: forks may share them
-            features = [None] * _convolutions(network.decoder) if self._features is None else list(self._features)
+            features = (
+                [None] * _convolutions(network.decoder) if self._features is None else list(self._features)
+            )
             parts.append(network.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=first))
             self._features = features
         return torch.cat(parts, dim=2).transpose(1, 2).float()
@@ -149,9 +154,9 @@ class WanStream:
 class LightDecoder(Protocol):
     """What a light decoder (TAEHV and the like) has to offer: an nn.Module with these two methods.
 
-    It maps latents as the transformer makes them (normalised; undo that inside if it was trained on others) to pixels in
-    [-1, 1]: one frame for latent frame 0, four for every later one. What it remembers of earlier latents is a value that
-    it returns and never changes in place: streams are forked by sharing it.
+    It maps latents as the transformer makes them (normalised; undo that inside if it was trained on others) to pixels
+    in [-1, 1]: one frame for latent frame 0, four for every later one. What it remembers of earlier latents is a value
+    that it returns and never changes in place: streams are forked by sharing it.
     """
 
     def start(self) -> Any:
@@ -189,7 +194,11 @@ class LightAutoencoder(nn.Module):
         cache: str | Path | None = None,
     ) -> None:
         super().__init__()
-        absent = [name for name in ("start", "decode", "load_state_dict") if not callable(getattr(decoder, name, None))]
+        absent = [
+            name
+            for name in ("start", "decode", "load_state_dict")
+            if not callable(getattr(decoder, name, None))
+        ]
         if absent:
             raise ValueError(
                 f"a light decoder is an nn.Module with the methods start and decode (fastar.backbones.wan.autoencoder."
@@ -198,7 +207,10 @@ class LightAutoencoder(nn.Module):
         self.fps, self.encoder = float(fps), encoder
         self.compute_dtype, self.device = getattr(torch, dtype), torch.device(device)
         if checkpoint is None:
-            sums = [hashlib.sha256(t.detach().cpu().float().numpy().tobytes()) for t in decoder.state_dict().values()]
+            sums = [
+                hashlib.sha256(t.detach().cpu().float().numpy().tobytes())
+                for t in decoder.state_dict().values()
+            ]
             weights = hashlib.sha256("".join(s.hexdigest() for s in sums).encode()).hexdigest()
         else:
             found = find_weights(checkpoint, part="decoder", store=store)
@@ -230,7 +242,7 @@ class LightAutoencoder(nn.Module):
 
 
 class LightStream:
-    """A video while a light decoder decodes it: `frames` latent frames so far, and what the decoder remembers of them."""
+    """A video while a light decoder decodes it: `frames` latent frames so far, and what it remembers of them."""
 
     def __init__(self, autoencoder: LightAutoencoder, frames: int, memory: Any) -> None:
         self.autoencoder, self.frames, self.memory = autoencoder, frames, memory
@@ -257,9 +269,13 @@ def _network(kind: Any, sizes: dict[str, Any], tensors: dict[str, Tensor], file:
     """The autoencoder of a diffusers config with these weights, whose storage it takes over."""
     try:
         with torch.device("meta"):
-            network = kind.from_config({name: value for name, value in sizes.items() if not name.startswith("_")})
+            network = kind.from_config(
+                {name: value for name, value in sizes.items() if not name.startswith("_")}
+            )
     except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{file.parent / 'config.json'} is not that of an AutoencoderKLWan ({error})") from error
+        raise ValueError(
+            f"{file.parent / 'config.json'} is not that of an AutoencoderKLWan ({error})"
+        ) from error
     _fill(network, tensors, file, assign=True)
     return network
 
