@@ -14,13 +14,11 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from tests.small import text_backbone
 
 WORDS = "a red cat runs over the green hill dog sits near blue river in rain".split()
-VAE = {
-    "base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 2], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
-}  # fmt: skip
+VAE: dict[str, Any] = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 2], "num_res_blocks": 1}
 
 
 def write_transformer(file: Path, **containers: float) -> dict[str, Tensor]:
-    """Weights of the backbone tiny_text under Wan's names, as a training checkpoint: container -> what is added to them."""
+    """Weights of tiny_text under Wan's names in a training checkpoint: container -> what is added to them."""
     state = {name: p.detach().clone() for name, p in text_backbone().transformer.named_parameters()}
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(

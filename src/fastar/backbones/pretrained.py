@@ -5,6 +5,7 @@ Nothing is read twice into memory: files are mapped, and a tensor is read when i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -98,8 +99,12 @@ def _unpickled(file: Path) -> dict[str, Any]:
             held = torch.load(
                 file, map_location="cpu", weights_only=True
             )  # torch before 1.6 wrote no zip files
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # which a map of less than was announced gives
+            raise
+        if "Unsupported global" in str(error):
             raise ValueError(
                 f"{file} holds more than tensors, and loading that could run foreign code: convert it to safetensors "
                 "where it comes from"
@@ -131,11 +136,11 @@ def remembered_sha256(file: Path, cache: str | Path | None) -> str:
     Reading a checkpoint of 57 GB again in every run of a sweep would take minutes. A file that changes while neither of
     them does is not noticed; remove the folder then.
     """
-    stat = file.stat()
-    known = {"file": str(file.resolve()), "size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    stat, place = file.stat(), str(file.resolve())
+    known = {"file": place, "size": stat.st_size, "changed_ns": stat.st_mtime_ns}
     if cache is None:
         return sha256_of(file)
-    note = Path(cache) / "sha256" / f"{hashlib.sha256(known['file'].encode()).hexdigest()[:24]}.json"
+    note = Path(cache) / "sha256" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.json"
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
         if {key: noted[key] for key in known} == known:

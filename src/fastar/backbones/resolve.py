@@ -19,8 +19,8 @@ from pathlib import Path
 
 from fastar.backbones.storage import CONFIG, WEIGHTS
 
-SAFE, PICKLED = (".safetensors",), (".pt", ".pth", ".bin")
-INDEX = ".index.json"
+INDEX, SAFE, PICKLED = ".index.json", (".safetensors",), (".pt", ".pth", ".bin")
+ANY = ((INDEX,), SAFE, PICKLED)
 HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?"
 )
@@ -44,7 +44,12 @@ class Weights:
 
 
 def find_weights(
-    checkpoint: str | Path, *, part: str, usual: Sequence[str] = (), store: str | Path = "checkpoints"
+    checkpoint: str | Path,
+    *,
+    part: str,
+    usual: Sequence[str] = (),
+    beside: Sequence[str] = (),
+    store: str | Path = "checkpoints",
 ) -> Weights:
     """The weights that `checkpoint` names; see the module for what that may be.
 
@@ -52,7 +57,8 @@ def find_weights(
         checkpoint: path or hub id.
         part: folder of the network in a diffusers folder: transformer, vae, text_encoder.
         usual: names under which the network lies in a folder that holds several, such as Wan2.1_VAE.pth.
-        store: folder where checkpoints are put; what begins with it is never taken for a hub id.
+        beside: patterns of other files that are needed from a hub repository, such as those of a tokenizer.
+        store: folder where checkpoints are put; what begins with it, or with another folder that is here, is a path.
 
     Raises:
         FileNotFoundError: there is no such file, or the hub cannot be reached and has not been before: one sentence
@@ -60,9 +66,10 @@ def find_weights(
         ValueError: a folder without weights, or with several of which none is preferred.
     """
     path, store = Path(checkpoint).expanduser(), Path(store)
-    hub = None if path.exists() or path.is_relative_to(store) else HUB_ID.fullmatch(str(checkpoint))
-    if hub is not None and path.suffix in (*SAFE, *PICKLED) and hub["file"] is None:
-        hub = None  # folder/model.pt
+    hub = HUB_ID.fullmatch(str(checkpoint))
+    local = path.exists() or path.is_relative_to(store) or path.suffix in (*SAFE, *PICKLED)
+    if hub is not None and hub["file"] is None and (local or path.parent.is_dir()):
+        hub = None  # folder/model.pt, or a folder of a folder that is here
     if hub is None:
         if not path.exists():
             raise FileNotFoundError(
@@ -73,7 +80,7 @@ def find_weights(
     kept = store / hub["repo"] / (hub["file"] or "")
     if kept.exists():
         return _at(kept, part, usual)
-    return _on_hub(hub["repo"], hub["revision"], hub["file"], part, usual, kept)
+    return _on_hub(hub["repo"], hub["revision"], hub["file"], part, usual, beside, kept)
 
 
 def _at(path: Path, part: str, usual: Sequence[str]) -> Weights:
@@ -94,16 +101,20 @@ def _at(path: Path, part: str, usual: Sequence[str]) -> Weights:
     return Weights((path,), beside)
 
 
-def _in_folder(folder: Path, part: str, usual: Sequence[str]) -> Path | None:
-    """The file in `folder`, or its `part`, that holds the weights or lists their shards; None without any."""
+def _in_folder(
+    folder: Path, part: str, usual: Sequence[str], endings: Sequence[tuple[str, ...]] = ANY
+) -> Path | None:
+    """The file in `folder`, or its `part`, that holds the weights or lists their shards; None without any.
+
+    Beside those of the usual names, files are looked for by `endings`, the first first.
+    """
     if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and _is_ours(folder / CONFIG):
         return folder / WEIGHTS
     if (folder / part).is_dir():
-        return _in_folder(folder / part, part, usual)
+        return _in_folder(folder / part, part, usual)  # whatever it holds
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
-    preferred = [[name for name in names if fnmatch(name, pattern)] for pattern in usual]
-    endings = ((INDEX,), SAFE, PICKLED)
-    for some in [*preferred, *([name for name in names if name.endswith(ending)] for ending in endings)]:
+    called = [[name for name in names if fnmatch(name, pattern)] for pattern in usual]
+    for some in [*called, *([name for name in names if name.endswith(ending)] for ending in endings)]:
         if len(some) > 1:
             raise ValueError(f"the folder {folder} holds several files of weights: name {' or '.join(some)}")
         if some:
@@ -134,7 +145,13 @@ def _is_ours(config: Path) -> bool:
 
 
 def _on_hub(
-    repo: str, revision: str | None, file: str | None, part: str, usual: Sequence[str], kept: Path
+    repo: str,
+    revision: str | None,
+    file: str | None,
+    part: str,
+    usual: Sequence[str],
+    beside: Sequence[str],
+    kept: Path,
 ) -> Weights:
     """Weights of a hub repository, downloaded unless they are in the hub's cache."""
     try:
@@ -158,24 +175,22 @@ def _on_hub(
         if file is not None and Path(file).suffix in (*SAFE, *PICKLED):
             return _at(Path(huggingface_hub.hf_hub_download(repo, file, revision=revision)), part, usual)
         inside = f"{file}/" if file else ""
-        wanted = [f"{inside}{name}" for name in (f"{part}/*", *usual)]
-        endings = ([f"*{INDEX}", "*.safetensors"], [f"*{ending}" for ending in PICKLED])
         # a repository holds more than one network, in more than one format: the first that fits is fetched
-        for patterns in (wanted, *([f"{inside}{ending}" for ending in some] for some in endings)):
-            nested = [] if patterns is wanted else [f"{inside}*/*"]
+        for endings in ((), ((INDEX,), SAFE), (PICKLED,)):
+            named = [f"*{ending}" for some in endings for ending in some] or [f"{part}/*", *usual, *beside]
             snapshot = huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=[*patterns, f"{inside}{CONFIG}"],
-                ignore_patterns=nested,
+                allow_patterns=[f"{inside}{name}" for name in (*named, CONFIG)],
+                ignore_patterns=[f"{inside}*/*"] if endings else None,
             )
             folder = Path(snapshot) / (file or "")
-            if folder.is_dir() and _in_folder(folder, part, usual) is not None:
-                return _at(folder, part, usual)
+            if folder.is_dir() and (weights := _in_folder(folder, part, usual, endings)) is not None:
+                return _at(weights, part, usual)
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{whole} is not here and the hub cannot be reached: where there is a network, run `{command} --local-dir "
-            f"{repo.rpartition('/')[2]}`, and put that folder here as {_folder_of(kept, file)}"
+            f"{whole} is neither here nor in the hub's cache, and the hub cannot be reached: with a network, run "
+            f"`{command} --local-dir {repo.rpartition('/')[2]}`, and put that folder here as {_folder_of(kept, file)}"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]

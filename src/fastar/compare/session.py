@@ -74,11 +74,11 @@ class Session:
             )
         return self.autoencoder
 
-    def beginning(self, clips: AnyClips) -> Tensor:
+    def beginning(self, clips: AnyClips | PromptedClip) -> Tensor:
         """Latents [B, prefill, C, h, w] of the frames that a rollout of `clips` is given, on the device."""
         if isinstance(clips, LatentClips):
             return clips.latents.to(self.device)
-        if not clips.prefill:
+        if isinstance(clips, PromptedClip) or not clips.prefill:
             shape = (clips.batch, 0, *self.backbone.config.latent_shape)
             return torch.empty(shape, device=self.device)
         return self.encode(clips.frames[:, : pixel_frames(clips.prefill, self.stride)])

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LENGTH = 512  # tokens that Wan reads
 PART, USUAL = "text_encoder", ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZERS = (
     "tokenizer",
     "google/umt5-xxl",
@@ -86,7 +87,9 @@ class PromptEncoder:
         store: str | Path = "checkpoints",
         cache: str | Path | None = None,
     ) -> None:
-        self.found = find_weights(checkpoint, part=PART, usual=USUAL, store=store)
+        self.found = find_weights(
+            checkpoint, part=PART, usual=USUAL, store=store, beside=[f"{name}/*" for name in TOKENIZERS[:2]]
+        )
         self.tokenizer = _tokenizer_folder(self.found, tokenizer)
         self.length, self.dtype = LENGTH if length is None else length, dtype
         self.device = torch.device(
@@ -256,7 +259,7 @@ def _tokenizer_folder(found: Weights, given: str | Path | None) -> Path:
 
 
 def _of_tokenizer(file: Path) -> bool:
-    return file.name in ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+    return file.name in TOKENIZER_FILES
 
 
 def _transformers() -> Any:
