@@ -158,8 +158,9 @@ def test_foreign_files_are_refused(tmp_path: Path, name: str, content: bytes, me
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("old", "share"), [(False, 0.02), (False, 0.5), (False, 0.99), (True, 0.1), (True, 0.99)]
+)
 def test_truncated_pickles_are_refused(tmp_path: Path, share: float, old: bool) -> None:
     file = tmp_path / "a.pt"
     torch.save({"a": torch.arange(1000)}, file, _use_new_zipfile_serialization=not old)

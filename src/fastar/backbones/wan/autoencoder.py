@@ -90,6 +90,7 @@ class WanAutoencoder(nn.Module):
         network.requires_grad_(False).eval().to(device, getattr(torch, dtype))
         return cls(network, sha256=sha256, fps=fps)
 
+    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised latents (the posterior's mode) [B, 1 + (F - 1) / 4, C, H/8, W/8] of pixels [B, F, 3, H, W].
 
@@ -120,7 +121,7 @@ class WanAutoencoder(nn.Module):
 class WanStream:
     """A video while it is decoded: the last features that every causal convolution has seen.
 
-    Latents are decoded one by one, as diffusers does for whole videos, so that chunks of any size give the same bits.
+    Latents are decoded one by one, as diffusers does within a call, so that chunks of any size give the same bits.
     """
 
     def __init__(self, autoencoder: WanAutoencoder, features: list[Any] | None = None) -> None:
@@ -135,15 +136,15 @@ class WanStream:
             raise ValueError(
                 f"latents must be [batch, frames, {len(mean)}, rows, columns], got {tuple(latents.shape)}."
             )
-        hidden = network.post_quant_conv((latents.to(mean) * std + mean).transpose(1, 2).to(network.dtype))
+        raw = (latents.to(mean) * std + mean).transpose(1, 2).to(network.dtype)
         parts = []
-        for frame in hidden.split(1, dim=2):
-            first = self._features is None
+        for frame in raw.split(1, dim=2):
+            hidden, first = network.post_quant_conv(frame), self._features is None
             # a decoder replaces the features in this list and changes none of them: forks may share them
             features = (
                 [None] * _convolutions(network.decoder) if self._features is None else list(self._features)
             )
-            parts.append(network.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=first))
+            parts.append(network.decoder(hidden, feat_cache=features, feat_idx=[0], first_chunk=first))
             self._features = features
         return torch.cat(parts, dim=2).transpose(1, 2).float()
 
