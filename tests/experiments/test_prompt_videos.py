@@ -1,19 +1,30 @@
 """experiments/rollout.py on a file of prompts: from published weights in tiny to videos named as VBench wants them."""
 
 import csv
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from PIL import Image
 
 from fastar.backbones.wan import umt5
 from fastar.compare import prompt_videos
-from fastar.compare.prompt_videos import roll_prompts
+from fastar.compare.job import compare
+from fastar.compare.prompt_clips import prompt_clips
+from fastar.compare.prompt_videos import roll_prompts, videos_of
+from fastar.compare.session import open_session
 from fastar.data.prompt_sets import read_prompts
-from fastar.data.video import read_mp4
+from fastar.data.video import read_mp4, write_mp4
 from fastar.results import load, load_runs
+from fastar.rollout.rollout import Rollout
 from tests.experiments.conftest import ROOT, values
 from tests.wan_parts import write_text_encoder, write_transformer, write_vae
 
@@ -84,3 +95,186 @@ def test_what_is_there_is_found_again_and_the_encoder_stays_away(
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.mp4")} == before
     with pytest.raises(pytest.fail.Exception, match="encoded again"):
         roll_prompts(composed("frames=3"))
+
+
+def test_a_video_begins_with_the_image_or_video_of_its_prompt(composed: Compose, tmp_path: Path) -> None:
+    """The image stands still for a chunk, 9 pixel frames; the video is cut to them; both get the backbone's size."""
+    Image.new("RGB", (200, 100), (250, 20, 30)).save(tmp_path / "red.png")
+    frames = torch.arange(11, dtype=torch.uint8)[:, None, None, None].expand(11, 64, 96, 3) * 20
+    write_mp4(tmp_path / "grey.mp4", frames)
+    (tmp_path / "own.csv").write_text("prompt,start,seed\na red cat,red.png,3\na dog,grey.mp4,\na hill,,\n")
+    config = composed("frames=3", data="prompts", prompts="own.csv")
+    folder = roll_prompts(config)
+    assert {path.stem for path in folder.glob("*.mp4")} == {"a red cat-3", "a dog-0", "a hill-0"}
+    assert {len(read_mp4(path)) for path in folder.glob("a [rd]*.mp4")} == {12}, (
+        "three latent frames after the start"
+    )
+    assert len(read_mp4(folder / "a hill-0.mp4")) == 9, "three latent frames from nothing"
+    session, encoder = open_session(config), instantiate(config.data.encoder)
+    entries = read_prompts(tmp_path / "own.csv").entries
+    options = {"generated": 3, "prefill": None, "stride": 4}
+    red, grey, nothing = (
+        prompt_clips([entry], encoder, session.backbone.config, **options) for entry in entries
+    )
+    assert red.frames.shape == grey.frames.shape == (1, 9, 64, 96, 3) and nothing.frames.shape[1] == 0
+    assert (red.frames == torch.tensor([250, 20, 30])).all()
+    assert (grey.frames[0, :, 32, 48, 0] - 20 * torch.arange(9)).abs().max() <= 3
+    assert session.beginning(red).shape == (1, 3, *session.backbone.config.latent_shape)
+    assert red.identity() != prompt_clips([replace(entries[0], start=tmp_path / "grey.mp4")], encoder,
+                                          session.backbone.config, **options).identity()  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"grey\.mp4 has 11 frames, 3 latent ones, and 21 are needed: take a"
+    ):
+        prompt_clips(entries[1:2], encoder, session.backbone.config, generated=3, prefill=6, stride=4)
+    with pytest.raises(ValueError, match="with and without a start cannot share a batch: set batch=1"):
+        prompt_clips(entries, encoder, session.backbone.config, **options)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_interrupted_it_goes_on_to_the_same_video(
+    composed: Compose, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream that decodes begins anew and comes to where it was."""
+    settings = ["frames=9", "data.count=1", "save_every=1"]
+    whole = roll_prompts(composed(*settings, "name=whole"))
+    step, chunks = Rollout.step, 0
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        nonlocal chunks
+        chunks += 1
+        if chunks == stop_at + 1:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(Rollout, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        roll_prompts(composed(*settings, "name=parts"))
+    parts = roll_prompts(composed(*settings, "name=parts"))
+    assert chunks == 4, "nothing was made twice"
+    [name] = (path.name for path in whole.glob("*.mp4"))
+    assert torch.equal(read_mp4(parts / name), read_mp4(whole / name)) and len(read_mp4(parts / name)) == 33
+
+
+def test_one_video_that_fails_leaves_the_others_alone(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prompt_videos.free_run
+
+    def fail(session: Any, method: Any, clips: Any, seeds: Any, *rest: Any, **more: Any) -> Any:
+        if clips.entries[0].id == "1":
+            raise RuntimeError("out of luck")
+        return run(session, method, clips, seeds, *rest, **more)
+
+    monkeypatch.setattr(prompt_videos, "free_run", fail)
+    with pytest.raises(
+        ValueError, match=r"1 of 2 videos could not be made; the first, a red .*-0\.mp4: out of luck"
+    ):
+        roll_prompts(composed("frames=3"))
+    assert sorted(load_runs(tmp_path / "outputs")["status"]) == ["done", "failed"]
+    [video] = tmp_path.glob("outputs/rollout/videos_*/*.mp4")
+    assert video.name == "a dog sits in the rain-0.mp4"
+
+
+def test_prompts_that_are_no_file_names_are_called_by_their_id(tmp_path: Path) -> None:
+    long = "a very long prompt " * 20
+    rows = [
+        "prompt,id,seed",
+        "plain,x,",
+        "with/slash,y,",
+        f"{long},z,5",
+        "twice,a,",
+        "twice,b/c,",
+        "twice,d,9",
+    ]
+    rows.append(".hidden,e,")
+    (tmp_path / "own.csv").write_text("\n".join(rows))
+    chosen = replace(read_prompts(tmp_path / "own.csv"))
+    with pytest.raises(ValueError, match="videos_per_prompt must be at least 1, got 0"):
+        videos_of(chosen, 0, 0)
+    # the second `twice` is the same video as the first: only its id differs
+    names = [video.file for video in videos_of(chosen, 0, 2)]
+    stems = [
+        "plain-0",
+        "plain-1",
+        "y-0",
+        "y-1",
+        "z-5",
+        "z-6",
+        "twice-0",
+        "twice-1",
+        "twice-9",
+        "twice-10",
+        "e-0",
+        "e-1",
+    ]
+    assert names == [f"{stem}.mp4" for stem in stems]
+    rows[5] = "twice,b/c,1"
+    (tmp_path / "own.csv").write_text("\n".join(rows))
+    names = [video.file for video in videos_of(read_prompts(tmp_path / "own.csv"), 0, 2)]
+    assert names[6:10] == ["twice-0.mp4", "a-1.mp4", "b_c-1.mp4", "twice-2.mp4"], "both would be twice-1.mp4"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompts=null"], "data=vbench reads a file of prompts: name it with prompts=FILE"),
+        (["frames=4"], "frames=4 must be a whole number of 3-frame chunks"),
+        (["backbone=doom"], "the backbone 'doom' reads no prompts: leave data=vbench out"),
+        (["data.first=2"], "has 2 prompts: there are none from number 2 on"),
+        (["method=[dense,window]"], "a rollout takes one method"),
+        (["data.prompts.extended=nowhere.txt"], "there is no prompt file nowhere.txt"),
+    ],
+)
+def test_settings_that_make_no_sense_are_one_sentence(
+    composed: Compose, overrides: list[str], message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError, InstantiationException), match=message):
+        roll_prompts(composed(*overrides))
+
+
+# -- compared ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(parts: Path, tmp_path: Path) -> Compose:
+    """A comparison on prompts."""
+    Image.new("RGB", (96, 64), (250, 20, 30)).save(tmp_path / "red.png")
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    (tmp_path / "own.csv").write_text("prompt,start\na red cat,red.png\na dog,red.png\n")
+
+    def make(*overrides: str, prompts: str = "prompts.txt") -> DictConfig:
+        rolled = [
+            word for word in arguments(parts, tmp_path, "prompts", prompts) if not word.startswith("method=")
+        ]
+        given = ["source=prompts", "head_errors=null", "metrics=fast", "history_frames=12", "seeds=2"]
+        given.append("method=[dense,window]")
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base=None):
+            return compose("compare", overrides=[*rolled, *given, *overrides])
+
+    return make
+
+
+def test_methods_are_compared_on_prompts_in_pixels(compared: Compose, tmp_path: Path) -> None:
+    compare(compared("prefill_frames=0", "protocols=[C]", "videos=2"))
+    rows, runs = load(tmp_path / "outputs"), load_runs(tmp_path / "outputs")
+    assert set(runs["status"]) == {"done"} and len(runs) == 4
+    assert len(values(rows, "psnr", method="window")) == 4 and not values(rows, "psnr/truth")
+    assert values(rows, "psnr", method="window", chunk=0, seed=0) == [100], "one chunk alone is the same"
+    shown = read_mp4(next(tmp_path.rglob("generated_seed1.mp4")))
+    assert shown.shape == (21, 128, 192, 3) and list(tmp_path.rglob("side_by_side.mp4"))
+    config = json.loads(next(tmp_path.rglob("summary.json")).read_text())["config"]
+    assert config["data"]["prompts"] == read_prompts(tmp_path / "prompts.txt").sha256[:16]
+    assert str(tmp_path) not in json.dumps(config), "where files lie does not count"
+
+
+def test_every_protocol_decodes_each_chunk_after_the_frames_before_it(
+    compared: Compose, tmp_path: Path
+) -> None:
+    """Dense denoises its own trajectory again: only if the decoder stands where it stood are the pixels the same."""
+    settings = ["prefill_frames=3", "protocols=[A,B,C]", "seeds=1", "save_every=1"]
+    compare(compared(*settings, "name=whole", prompts="own.csv"))
+    rows = load(tmp_path / "outputs" / "whole")
+    for protocol in "AB":
+        assert values(rows, "latent_error", method="dense", protocol=protocol) == [0, 0]
+        assert values(rows, "psnr", method="dense", protocol=protocol) == [100, 100]
+        assert max(values(rows, "psnr", method="window", protocol=protocol)[1:]) < 100

@@ -217,7 +217,7 @@ def test_a_rollout_to_look_at_needs_pixels(tmp_path: Path) -> None:
     arguments = ["backbone=tiny_text", "checkpoint=random", "head_errors=null", f"paths.outputs={tmp_path}"]
     done = command("rollout.py", *arguments, "prefill_frames=3", "frames=3")
     assert done.returncode and done.stderr.strip().splitlines()[-1] == (
-        "error: the backbone 'tiny_text' has no autoencoder to see pixels with"
+        "error: the backbone 'tiny_text' has no autoencoder to see pixels with: add one, as in autoencoder=wan"
     )
 
 

@@ -65,7 +65,7 @@ def free_run(
     while rollout.next_frame < clips.end:
         interruption.check()
         first = rollout.next_frame
-        with timer.chunk(frames=session.shown_frames(first, session.chunk)):
+        with timer.chunk(frames=screen.frames_of(session.chunk)):
             if isinstance(clips, PromptedClip):
                 clips.change(rollout, latents)
             chunk = rollout.step(clips.actions_in(slice(first, first + session.chunk)))

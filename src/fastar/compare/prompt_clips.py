@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
@@ -17,6 +17,9 @@ from fastar.backbones.storage import sha256_of
 from fastar.backbones.wan.umt5 import PromptEncoder
 from fastar.data.prompt_sets import PromptEntry, PromptSet
 from fastar.data.video import read_start
+
+if TYPE_CHECKING:
+    from fastar.compare.session import Session
 
 SOURCE = "prompts"
 
@@ -96,7 +99,10 @@ def given_frames(
     if len(begins) != 1:
         raise ValueError("prompts with and without a start cannot share a batch: set batch=1")
     given = (backbone.chunk_frames if prefill is None else prefill) if begins == {True} else 0
-    for setting, frames, least in (("frames", generated, 1), ("prefill_frames", given, 0)):
+    for setting, frames, least in (
+        ("frames", generated, 1),
+        ("prefill_frames", given, int(begins == {True})),
+    ):
         if frames % backbone.chunk_frames or frames < least:
             raise ValueError(
                 f"{setting}={frames} must be a whole number of {backbone.chunk_frames}-frame chunks"
@@ -137,6 +143,48 @@ def prompt_clips(
         given,
         torch.stack(beginnings),
     )
+
+
+def clips_of_seeds(config: DictConfig, session: Session, seeds: Sequence[int]) -> PromptClips:
+    """What seeds stand for in a comparison: seed n is prompt number n of the file, and its noise.
+
+    Raises:
+        ValueError: there are fewer prompts, or they begin with other than `prefill_frames` frames.
+    """
+    chosen = part_of_set(config.data)
+    if max(seeds) >= len(chosen):
+        raise ValueError(
+            f"{chosen.path} has {len(chosen)} prompts, the first for seed 0: none for {max(seeds)}"
+        )
+    clips = prompt_clips(
+        [chosen.entries[seed] for seed in seeds],
+        instantiate(config.data.encoder),
+        session.backbone.config,
+        generated=config.frames,
+        prefill=config.prefill_frames or None,
+        stride=session.stride,
+    )
+    if clips.prefill != config.prefill_frames:
+        raise ValueError(
+            f"prefill_frames={config.prefill_frames}, but the prompts of {chosen.path} begin with {clips.prefill} "
+            f"latent frames: set prefill_frames={clips.prefill}"
+        )
+    return clips
+
+
+def set_identity(data: DictConfig) -> dict[str, Any]:
+    """What decides the clips of seeds: the file's content, which part of it, and the encoder; not where they lie."""
+    return {
+        "prompts": part_of_set(data).sha256[:16],
+        "first": data.first,
+        "dimensions": data.prompts.get("dimensions"),
+        "encoder": instantiate(data.encoder).sha256[:16],
+    }
+
+
+def part_of_set(data: DictConfig) -> PromptSet:
+    """The part of the prompts that a node of conf/data asks for; errors as `read_set`."""
+    return read_set(data).part(data.first, data.count)
 
 
 def _beginning(entry: PromptEntry, needed: int, stride: int, height: int, width: int) -> Tensor:

@@ -20,7 +20,7 @@ from rich.console import Console
 from fastar.compare import methods as method_nodes
 from fastar.compare.command import CAN_BE_PUT_RIGHT, check_writable, progress_bar, wide_console
 from fastar.compare.free import free_run
-from fastar.compare.prompt_clips import PromptClips, given_frames, identity_of, prompt_clips, read_set
+from fastar.compare.prompt_clips import PromptClips, given_frames, identity_of, part_of_set, prompt_clips
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session, open_session
 from fastar.compare.single import one_method, run_arguments, store_of
@@ -62,7 +62,7 @@ def roll_prompts(config: DictConfig, record: JobRecord | None = None) -> Path:
         )
     console = wide_console()
     check_writable(Path(config.paths.outputs) / config.name)
-    chosen = read_set(config.data).part(config.data.first, config.data.count)
+    chosen = part_of_set(config.data)
     wanted = videos_of(chosen, config.seed, config.videos_per_prompt)
     encoder = instantiate(config.data.encoder)
     encoder.prepare([entry.text for entry in chosen.entries])  # before the backbone takes its memory

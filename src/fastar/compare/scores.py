@@ -119,13 +119,15 @@ class Scorer:
 
     def clip(self, shown: Tensor | None) -> None:
         """Scores of whole videos, uint8 [B, F, H, W, 3], F all generated frames; none without pixels."""
-        if shown is None or not isinstance(self.clips, Clips):
+        if shown is None:
             return
         scores: dict[str, list[float]] = {}
-        returned = self.clips.revisit_psnr(shown)
+        returned = self.clips.revisit_psnr(shown) if isinstance(self.clips, Clips) else None
         if returned is not None:
             scores["revisit_psnr"] = returned.tolist()
-        present = self.clips.presence(shown.to(self.session.device))
+        present = (
+            self.clips.presence(shown.to(self.session.device)) if isinstance(self.clips, Clips) else None
+        )
         if present is not None:
             scores["presence"] = present
         if self.reference is not None and self.metrics.keys() & WHOLE_CLIP:

@@ -41,6 +41,11 @@ class Screen:
             if clips.prefill and session.stride > 1:
                 self._decoded(self._stream, session.beginning(clips))
 
+    def frames_of(self, count: int) -> int:
+        """Frames of the video that the next `count` latent frames make; without pixels latent frames are counted."""
+        stride = 1 if self._stream is None else self.session.stride
+        return pixel_frames(self.frame + count, stride) - pixel_frames(self.frame, stride)
+
     def show(self, latents: Tensor, timer: PassTimer | None = None) -> Tensor | None:
         """The next chunk, latents [B, n, C, h, w], as uint8 [B, F, H, W, 3] on the CPU; decoding it is timed."""
         self.frame += latents.shape[1]

@@ -58,10 +58,6 @@ class Session:
         """Pixel frames of a latent frame after the first; 1 without an autoencoder, where latent frames are counted."""
         return 1 if self.autoencoder is None else self.autoencoder.temporal_stride
 
-    def shown_frames(self, first: int, count: int) -> int:
-        """Frames of the video that the `count` latent frames from `first` on make."""
-        return pixel_frames(first + count, self.stride) - pixel_frames(first, self.stride)
-
     def eyes(self) -> VideoCodec:
         """The autoencoder.
 
@@ -70,7 +66,8 @@ class Session:
         """
         if self.autoencoder is None:
             raise ValueError(
-                f"the backbone '{self.backbone.config.name}' has no autoencoder to see pixels with"
+                f"the backbone '{self.backbone.config.name}' has no autoencoder to see pixels with: add one, "
+                "as in autoencoder=wan"
             )
         return self.autoencoder
 

@@ -87,7 +87,10 @@ class WanAutoencoder(nn.Module):
             sizes = {} if found.config is None else json.loads(found.config.read_text(encoding="utf-8"))
             network = _network(kind, sizes, tensors, found.files[0])
             sha256 = checksum(found.files, cache)
-        network.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+        network.requires_grad_(False).eval()
+        nn.Module.to(
+            network, device, getattr(torch, dtype)
+        )  # diffusers' own `to` warns of what does not hold for this one
         return cls(network, sha256=sha256, fps=fps)
 
     @torch.no_grad()
