@@ -174,12 +174,14 @@ def clips_of_seeds(config: DictConfig, session: Session, seeds: Sequence[int]) -
 
 def set_identity(data: DictConfig) -> dict[str, Any]:
     """What decides the clips of seeds: the file's content, which part of it, and the encoder; not where they lie."""
-    return {
+    found: dict[str, Any] = {
         "prompts": part_of_set(data).sha256[:16],
         "first": data.first,
-        "dimensions": data.prompts.get("dimensions"),
         "encoder": instantiate(data.encoder).sha256[:16],
     }
+    if data.prompts.get("dimensions") is not None:
+        found["dimensions"] = list(data.prompts.dimensions)
+    return found
 
 
 def part_of_set(data: DictConfig) -> PromptSet:

@@ -88,9 +88,8 @@ class WanAutoencoder(nn.Module):
             network = _network(kind, sizes, tensors, found.files[0])
             sha256 = checksum(found.files, cache)
         network.requires_grad_(False).eval()
-        nn.Module.to(
-            network, device, getattr(torch, dtype)
-        )  # diffusers' own `to` warns of what does not hold for this one
+        # not diffusers' own method, which warns of modules that this network has not
+        nn.Module.to(network, device, getattr(torch, dtype))
         return cls(network, sha256=sha256, fps=fps)
 
     @torch.no_grad()
