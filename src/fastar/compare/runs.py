@@ -1,6 +1,7 @@
 """The runs of a comparison in the store: what identifies each of them, and how they are labelled."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,6 @@ class ComparisonRuns:
             name: method_nodes.identity_of(node, session.weights) for name, node in nodes.items()
         }
         self.budgeted = method_nodes.budgeted(config.methods)
-        self._data = self._data_identity()
 
     def open(
         self, name: str, protocol: str, seeds: Sequence[int], *, retry_failed: bool | None = None
@@ -82,7 +82,7 @@ class ComparisonRuns:
         config = self.config
         shared = {
             "source": config.source,
-            "data": self._data,
+            "data": self._data_identity,
             "prefill_frames": config.prefill_frames,
             "frames": config.frames,
             "rollout": OmegaConf.to_container(config.rollout, resolve=True),
@@ -95,6 +95,7 @@ class ComparisonRuns:
             shared["autoencoder"] = self.session.autoencoder_weights
         return shared
 
+    @cached_property
     def _data_identity(self) -> dict[str, Any]:
         """What decides the clips, wherever the files they are made of lie."""
         config = self.config

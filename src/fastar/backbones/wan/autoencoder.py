@@ -207,7 +207,7 @@ class LightAutoencoder(nn.Module):
                 f"a light decoder is an nn.Module with the methods start and decode (fastar.backbones.wan.autoencoder."
                 f"LightDecoder); {type(decoder).__name__} has no {absent[0]}"
             )
-        self.fps, self.encoder = float(fps), encoder
+        self.fps, self.encoder = float(fps), None if encoder is None else encoder.to(device)
         self.compute_dtype, self.device = getattr(torch, dtype), torch.device(device)
         if checkpoint is None:
             sums = [
