@@ -1,9 +1,13 @@
-"""One method, one rollout: a video beside what the simulator shows for the same actions, and its speed and memory.
+r"""One method, one rollout: a video beside what the simulator shows for the same actions, and its speed and memory.
 
     python experiments/rollout.py method=tempcache 'actions="forward*20,left*12"' seed=3
     python experiments/rollout.py backbone=scenes data=scenes prompts=experiments/prompts/example.yaml
 
-The second makes a video from prompts alone, which may change on the way, and puts it beside what they say.
+    python experiments/rollout.py backbone=wan_1_3b rollout=self_forcing data=vbench prompts=all_dimension.txt \
+        checkpoint=self_forcing_dmd.pt autoencoder=wan dtype=bfloat16 videos_per_prompt=5
+
+The second makes a video from prompts alone, which may change on the way, and puts it beside what they say; the third
+videos of every prompt of a file, named as VBench wants them.
 
 conf/rollout.yaml explains the settings. The run is kept below outputs/rollout/; interrupted, the same command goes on.
 """
@@ -28,10 +32,15 @@ def main(config: DictConfig) -> None:
 
 
 def work(config: DictConfig, record: JobRecord | None) -> None:
-    """One rollout."""
-    from fastar.compare.single import roll
+    """One rollout, or one of every prompt of a file."""
+    if "prompts" in config.data:
+        from fastar.compare.prompt_videos import roll_prompts
 
-    roll(config, record)
+        roll_prompts(config, record)
+    else:
+        from fastar.compare.single import roll
+
+        roll(config, record)
 
 
 if __name__ == "__main__":

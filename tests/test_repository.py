@@ -22,7 +22,7 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
 
 # Imported where the machine has them; never required, or named otherwise on the package index.
-OPTIONAL = {"cutlass", "faiss", "flash_attn", "flashinfer", "triton", "wandb_workspaces"}
+OPTIONAL = {"cutlass", "faiss", "flash_attn", "flashinfer", "ftfy", "triton", "wandb_workspaces"}
 
 # What a layer must not import: a backbone names no method, and methods know neither backbones nor the loop.
 FORBIDDEN = {

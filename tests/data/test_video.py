@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastar.data.video import contact_sheet, read_mp4, save_png, side_by_side, upscale, write_mp4
+from fastar.data.video import contact_sheet, read_mp4, read_start, save_png, side_by_side, upscale, write_mp4
 from fastar.metrics.fidelity import frame_psnr
 
 
@@ -108,3 +108,19 @@ def test_saved_pictures_are_small_and_look_the_same(tmp_path: Path) -> None:
     with Image.open(tmp_path / "small.png") as saved:
         back, exact = (torch.from_numpy(np.array(p.convert("RGB")))[None] for p in (saved, sheet))
     assert frame_psnr(back, exact).item() > 30
+
+
+def test_what_a_video_starts_with_covers_the_size_and_keeps_the_middle(tmp_path: Path) -> None:
+    wide = torch.zeros(40, 200, 3, dtype=torch.uint8)
+    wide[:, 80:120, 0] = 255
+    Image.fromarray(wide.numpy()).save(tmp_path / "wide.png")
+    [frame] = read_start(tmp_path / "wide.png", height=32, width=32)
+    assert frame.shape == (32, 32, 3) and (frame[..., 0] > 240).all(), (
+        "the sides are cut, nothing is squeezed"
+    )
+    write_mp4(tmp_path / "a.mp4", clip())
+    assert read_start(tmp_path / "a.mp4", height=24, width=32).shape == (6, 24, 32, 3)
+    (tmp_path / "neither.png").write_text("words")
+    for name, message in (("neither.png", "cannot be read as a video"), ("nowhere.png", "there is no file")):
+        with pytest.raises(ValueError, match=message):
+            read_start(tmp_path / name, height=24, width=32)

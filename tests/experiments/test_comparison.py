@@ -214,7 +214,7 @@ def test_nan_is_a_failed_run_with_one_sentence(tiny: Tiny, tmp_path: Path) -> No
         ("frames=6", "4-frame chunks: ask for 8"),
         ("seeds=[1,1]", "different numbers"),
         ("batch=0", "at least 1"),
-        ("checkpoint=missing/folder", "No checkpoint in missing/folder"),
+        ("checkpoint=missing_folder", "there is no checkpoint missing_folder"),
         ("method=[window]", "need the method 'dense'"),
         ("engine.name=warp", "choose one of auto"),
     ],

@@ -157,10 +157,9 @@ def test_force_does_everything_once_more_and_only_once(
         config = tiny(*arguments, *more)
         chunks: list[int] = []
         session = open_session(config)
-        decode = session.decode
-        monkeypatch.setattr(
-            type(session), "decode", lambda self, latents: (chunks.append(1), decode(latents))[1]
-        )
+        codec = session.eyes()
+        decode = codec.decode
+        monkeypatch.setattr(codec, "decode", lambda latents: (chunks.append(1), decode(latents))[1])
         Comparison(config, session).run()
         return len(chunks)
 

@@ -145,7 +145,9 @@ def test_any_experiment_moves_to_any_workload(composed: Compose, path: Path, wor
     chunk = config.backbone.chunk_frames
     assert config.source in config.data and not config.frames % chunk and not config.prefill_frames % chunk
     wan = config.backbone.name == "wan_1_3b"
-    assert wan == (workload == "wan_1_3b_speed") == (not config.metrics) == (config.dtype == "bfloat16")
+    assert wan == workload.startswith("wan_") == (config.dtype == "bfloat16")
+    assert (workload == "wan_1_3b_speed") == (not config.metrics)
+    assert (workload == "wan_prompts") == ("autoencoder" in config) == (config.source == "prompts")
     for node in OmegaConf.to_container(config.methods, resolve=True).values():
         assert node["self_attention"].get("block_q", config.block_queries) == config.block_queries
         assert not (wan and node["cache"].get("head_errors"))
@@ -217,7 +219,7 @@ def test_a_rollout_to_look_at_needs_pixels(tmp_path: Path) -> None:
     arguments = ["backbone=tiny_text", "checkpoint=random", "head_errors=null", f"paths.outputs={tmp_path}"]
     done = command("rollout.py", *arguments, "prefill_frames=3", "frames=3")
     assert done.returncode and done.stderr.strip().splitlines()[-1] == (
-        "error: the backbone 'tiny_text' has no autoencoder to see pixels with"
+        "error: the backbone 'tiny_text' has no autoencoder to see pixels with: add one, as in autoencoder=wan"
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastar.backbones.codec import FrameStream
+
 SCALE = 8  # pixels per latent, in each direction
 GROUP_SIZE = 16  # channels per normalisation group
 
@@ -86,6 +88,8 @@ class Autoencoder(nn.Module):
 
     latent_mean: Tensor
     latent_std: Tensor
+    temporal_stride = 1
+    fps = 12.0
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -133,6 +137,10 @@ class Autoencoder(nn.Module):
         self._check_latents(latents)
         mean, std = self._statistics()
         return _each_frame(self.decoder, latents.to(mean.dtype) * std + mean)
+
+    def stream(self) -> FrameStream:
+        """Decodes chunk by chunk; as frames know nothing of each other, that is `decode`."""
+        return FrameStream(self)
 
     def encode_raw(self, pixels: Tensor) -> Tensor:
         """Latents as the encoder gives them, [B, F, C, H/8, W/8]; shapes as in `encode`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastar.backbones import BackboneConfig, Prompts
 from fastar.compare.latents import LatentClips, noise_clips
+from fastar.compare.prompt_clips import SOURCE, PromptClips
 from fastar.data.doom.dataset import DoomClips, render_clip
 from fastar.data.doom.env import DoomWorlds
 from fastar.data.doom.policy import Walk
@@ -24,7 +25,7 @@ from fastar.metrics.revisit import masked_psnr
 from fastar.sparsity.base import check_choice
 
 RENDERED = ("returns", "heldout")
-SOURCES = (*RENDERED, "noise")
+SOURCES = (*RENDERED, "noise", SOURCE)
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Clips:
         ]
 
 
-AnyClips = Clips | LatentClips
+AnyClips = Clips | LatentClips | PromptClips
 
 
 def check_source(data: DictConfig, source: str, backbone: BackboneConfig) -> None:

@@ -20,6 +20,7 @@ from fastar.compare.clips import AnyClips, check_source, load_clips
 from fastar.compare.command import CAN_BE_PUT_RIGHT
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
+from fastar.compare.prompt_clips import SOURCE, clips_of_seeds
 from fastar.compare.runs import ComparisonRuns
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
@@ -35,7 +36,10 @@ from fastar.sparsity.base import check_choice
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("A", "B", "C")
-VIDEO_SCALE = 2  # H.264 halves the colour resolution, which would show at 96 x 128
+VIDEO_SCALE, VIDEO_HEIGHT = (
+    2,
+    256,
+)  # of lower ones: H.264 halves the colour resolution, which would show at 96 x 128
 
 
 WAIT_SECONDS = 5
@@ -252,19 +256,24 @@ class Comparison:
         return Scorer(run, self.session, group.clips, self.metrics, group.reference, keep_words=shown)
 
     def _keep_videos(self, run: Run, group: Group, result: Generated) -> None:
-        if result.shown is None or group.clips.truth is None:
+        if result.shown is None:
             return
-        shown = set(self.seeds[: self.config.videos])
+        shown, fps = set(self.seeds[: self.config.videos]), self.session.eyes().fps
+        scale = VIDEO_SCALE if self.session.backbone.config.frame_size[0] < VIDEO_HEIGHT else 1
         for clip, seed in enumerate(group.seeds):
             if seed in shown:
                 for name, frames in (("generated", result.shown), ("truth", group.clips.truth)):
+                    if frames is None:
+                        continue
                     path = run.videos / f"{name}_seed{seed}.mp4"
-                    write_mp4(path, upscale(frames[clip], VIDEO_SCALE), crf=12)
+                    write_mp4(path, upscale(frames[clip], scale), fps=fps, crf=12)
                     for sink in run.sinks:
                         sink.video(path.stem, path)
 
     def _load_clips(self, seeds: Sequence[int]) -> AnyClips:
         config = self.config
+        if config.source == SOURCE:
+            return clips_of_seeds(config, self.session, seeds)
         return load_clips(
             config.data, config.source, seeds, prefill=config.prefill_frames, generated=config.frames
         )
@@ -278,6 +287,12 @@ class Comparison:
     def _check(self) -> None:
         config, chunk = self.config, self.session.chunk
         check_source(config.data, config.source, self.session.backbone.config)
+        if config.source == SOURCE:
+            self.session.eyes()
+            if {"A", "B"} & set(config.protocols) and not config.prefill_frames:
+                raise ValueError(
+                    "protocols A and B begin after given frames: set protocols=[C], or take prompts with a start"
+                )
         for method in self.methods.values():
             if method.engine != "auto":
                 engines.get(method.engine)
@@ -295,7 +310,7 @@ class Comparison:
                 f"seeds must be a positive number or a list of different numbers, got {config.seeds}"
             )
         for name in ("batch", "save_every", "frames", "prefill_frames"):
-            if config[name] < 1:
+            if config[name] < 1 and (name != "prefill_frames" or config.source != SOURCE):
                 raise ValueError(f"{name} must be at least 1, got {config[name]}")
         for name in ("prefill_frames", "frames"):
             if config[name] % chunk:

@@ -11,6 +11,7 @@ from fastar import interruption
 from fastar.compare.clips import AnyClips
 from fastar.compare.prompted import PromptedClip
 from fastar.compare.scores import Scorer
+from fastar.compare.screen import Screen, joined
 from fastar.compare.session import Session
 from fastar.compare.speedup import baseline_of
 from fastar.metrics.efficiency import ChunkTimes, PassTimer, PeakMemory
@@ -23,7 +24,7 @@ Advance = Callable[[], None]
 
 @dataclass
 class Generated:
-    """Latents [B, n, C, h, w] and what they look like, uint8 [B, n, H, W, 3] on the CPU; None without pixels."""
+    """Latents [B, n, C, h, w] and what they look like, uint8 [B, F, H, W, 3] on the CPU; None without pixels."""
 
     latents: Tensor
     shown: Tensor | None
@@ -57,19 +58,20 @@ def free_run(
         method, seeds, prompts=clips.prompts, timer=timer, recorders=[scorer.density], end_frame=clips.end
     )
     scorer.started(rollout)
+    screen: Screen = session.screen(clips)
     latents = _begin(session, rollout, clips, run, timer)
-    shown = [session.show(clips, chunk.to(session.device)) for chunk in latents]
+    shown = [screen.show(chunk) for chunk in latents]
     kept = len(latents)
     for _ in latents:
         advance()
     while rollout.next_frame < clips.end:
         interruption.check()
         first = rollout.next_frame
-        with timer.chunk(frames=session.chunk):
+        with timer.chunk(frames=screen.frames_of(session.chunk)):
             if isinstance(clips, PromptedClip):
                 clips.change(rollout, latents)
             chunk = rollout.step(clips.actions_in(session.needed(first)))
-            pixels = session.show(clips, chunk, timer)
+            pixels = screen.show(chunk, timer)
         latents.append(chunk.cpu())
         shown.append(pixels)
         number = len(latents) - 1
@@ -90,7 +92,7 @@ def free_run(
         steady = timer.steady_state()
         run.log({**steady.rows("/steady"), **baseline.steady_rows(steady.end_to_end)})
     run.log(memory.rows())
-    result = Generated(torch.cat(latents, 1), session.joined(shown))
+    result = Generated(torch.cat(latents, 1), joined(shown))
     scorer.clip(result.shown)
     return result
 
@@ -104,7 +106,7 @@ def _begin(
         rollout.load_state_dict(state["rollout"])
         timer.chunks.extend(ChunkTimes(**times) for times in state["times"])
         return list(state["latents"].split(session.chunk, dim=1))
-    if isinstance(clips, PromptedClip):
+    if not clips.prefill:
         return []
     start = time.perf_counter()
     rollout.prefill(session.beginning(clips), clips.actions_in(slice(clips.prefill)))

@@ -13,6 +13,7 @@ from fastar import interruption
 from fastar.compare.clips import AnyClips
 from fastar.compare.free import Advance
 from fastar.compare.scores import Scorer
+from fastar.compare.screen import Screen, joined
 from fastar.compare.session import Session
 from fastar.metrics.attention import AttentionProbe
 from fastar.results.run import Run
@@ -54,7 +55,8 @@ def run_a(
     if look_at:
         probe = AttentionProbe({name: student.state for name, student in students.items()})
         teacher.state.recorders.append(probe)
-    denoised = {name: Denoised(scorers[name].run, session, clips, save_every) for name in methods}
+    denoised = {name: Denoised(scorers[name].run, session, clips, trajectory, save_every) for name in methods}
+    screen: Screen = session.screen(clips)
     done = min(len(chunks) for chunks in denoised.values())
     for chunks in denoised.values():
         chunks.keep(done, advance)
@@ -64,7 +66,8 @@ def run_a(
     for first, name, chunk in lockstep:
         if probe is not None and first in look_at:
             scorers[name].attention(first, probe.scores(name))
-        pixels = session.show(clips, chunk)
+        screen.follow(trajectory, first)
+        pixels = screen.preview(chunk)
         scorers[name].cost(first, students[name])
         scorers[name].selection(first)
         scorers[name].chunk(first, chunk, pixels)
@@ -81,12 +84,18 @@ def run_a(
 class Denoised:
     """The chunks that a run has denoised, this process's and earlier ones', saved from time to time."""
 
-    def __init__(self, run: Run, session: Session, clips: AnyClips, save_every: int) -> None:
-        self.run, self.save_every, self.session = run, save_every, session
+    def __init__(
+        self, run: Run, session: Session, clips: AnyClips, trajectory: Tensor, save_every: int
+    ) -> None:
+        self.run, self.save_every = run, save_every
         self._latents: list[Tensor] = []
         if run.has_state:
             self._latents = list(run.load_state()["latents"].split(session.chunk, dim=1))
-        self._shown = [session.show(clips, chunk.to(session.device)) for chunk in self._latents]
+        screen = session.screen(clips)
+        self._shown: list[Tensor | None] = []
+        for number, chunk in enumerate(self._latents):
+            screen.follow(trajectory, clips.prefill + number * session.chunk)
+            self._shown.append(screen.preview(chunk))
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -111,7 +120,7 @@ class Denoised:
     @property
     def shown(self) -> Tensor | None:
         """uint8 [B, F, H, W, 3] of all chunks; None without pixels."""
-        return self.session.joined(self._shown)
+        return joined(self._shown)
 
 
 def evenly(start: int, stop: int, chunk: int, count: int) -> list[int]:
@@ -137,11 +146,13 @@ def run_b(
         method, seeds, prompts=clips.prompts, recorders=[scorer.density], end_frame=clips.end
     )
     scorer.started(rollout)
-    denoised = Denoised(scorer.run, session, clips, save_every)
+    denoised = Denoised(scorer.run, session, clips, trajectory, save_every)
+    screen: Screen = session.screen(clips)
     done = len(denoised)
     denoised.keep(done, advance)
     for first, chunk in lockstep_b(rollout, trajectory, clips.actions, clips.prefill, done=done):
-        pixels = session.show(clips, chunk)
+        screen.follow(trajectory, first)
+        pixels = screen.preview(chunk)
         scorer.cost(first, rollout)
         scorer.chunk(first, chunk, pixels)
         denoised.add(chunk, pixels)

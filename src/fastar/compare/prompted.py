@@ -96,7 +96,7 @@ def prompted_clip(config: DictConfig, chunk: int) -> PromptedClip:
     if config.data.get("encoder") is None:
         raise ValueError(
             f"the backbone '{config.backbone.name}' reads prompts and data={config.data.name} has no encoder for them: "
-            "add data=scenes"
+            "add data=scenes, or for Wan's text encoder data=prompts"
         )
     if config.actions != "clip" or config.prefill_frames is not None:
         raise ValueError("a video of prompts alone begins with nothing: leave actions and prefill_frames out")

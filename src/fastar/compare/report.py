@@ -250,19 +250,20 @@ def _add_videos(
     report: Report, runs: Sequence[Path], names: Mapping[str, str], seed: int, budget_share: float
 ) -> None:
     found: dict[str, Any] = {}
-    truth = None
+    truth: dict[str, Any] = {}
     for run in runs:
         summary, video = read_summary(run), run / "videos" / f"generated_seed{seed}.mp4"
         if summary is None or summary["labels"].get("budget_share", budget_share) != budget_share:
             continue
         if video.exists():
             found[names[summary["run_id"]]] = read_mp4(video)
-            truth = read_mp4(video.with_name(f"truth_seed{seed}.mp4"))
+            told = video.with_name(f"truth_seed{seed}.mp4")
+            truth = {"truth": read_mp4(told)} if told.exists() else {}
             first_frame = int(summary["config"]["prefill_frames"])
-    if truth is None:
+    if not found:
         return
     order = dict.fromkeys(names.values())
-    shown = {"truth": truth, **{name: found[name] for name in order if name in found}}
+    shown = {**truth, **{name: found[name] for name in order if name in found}}
     path = write_mp4(report.folder / "side_by_side.mp4", side_by_side(shown, scale=1))
     report.videos["side_by_side"] = path
     sheet = report.folder / "frames.png"

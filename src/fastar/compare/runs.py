@@ -1,6 +1,7 @@
 """The runs of a comparison in the store: what identifies each of them, and how they are labelled."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastar.backbones.text import checksum_of
 from fastar.compare import methods as method_nodes
+from fastar.compare.prompt_clips import SOURCE, set_identity
 from fastar.compare.session import Session, passes_of
 from fastar.results import Run, RunStore, run_id
 from fastar.results.provenance import device_name
@@ -78,12 +80,9 @@ class ComparisonRuns:
     def shared(self, batch: int) -> dict[str, Any]:
         """What decides the numbers besides method, protocol, seeds and weights."""
         config = self.config
-        data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
-        if data.get("encoder"):  # whatever folder it lies in
-            data["encoder"] = checksum_of(data["encoder"]["folder"])
-        return {
+        shared = {
             "source": config.source,
-            "data": {key: value for key, value in data.items() if key not in OWN_LENGTHS},
+            "data": self._data_identity,
             "prefill_frames": config.prefill_frames,
             "frames": config.frames,
             "rollout": passes_of(config.rollout),
@@ -92,6 +91,20 @@ class ComparisonRuns:
             "dtype": config.dtype,
             "batch": batch,
         }
+        if self.session.autoencoder_weights is not None:  # its own is part of the backbone's weights
+            shared["autoencoder"] = self.session.autoencoder_weights
+        return shared
+
+    @cached_property
+    def _data_identity(self) -> dict[str, Any]:
+        """What decides the clips, wherever the files they are made of lie."""
+        config = self.config
+        if config.source == SOURCE:
+            return set_identity(config.data)
+        data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
+        if data.get("encoder"):
+            data["encoder"] = checksum_of(data["encoder"]["folder"])
+        return {key: value for key, value in data.items() if key not in OWN_LENGTHS}
 
     def _key(self, name: str, protocol: str, seeds: Sequence[int]) -> dict[str, Any]:
         """Arguments of `fastar.results.run_id`."""

@@ -10,6 +10,7 @@ from fastar.attention.events import Recorder
 from fastar.compare import words
 from fastar.compare.clips import AnyClips, Clips
 from fastar.compare.prompted import PromptedClip
+from fastar.compare.screen import joined, pixel_part
 from fastar.compare.session import Session
 from fastar.metrics.block_fill import FillRecorder
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
@@ -50,6 +51,7 @@ class Scorer:
         truth = clips.relevance if isinstance(clips, Clips) else None
         self.prompt = None if clips.prompts is None else PromptRecorder(truth)
         self.prompt_density = DensityRecorder(tokens_per_frame=self.tokens, stream="text")
+        self._wanted = None if reference is None else session.screen(clips)
 
     @property
     def recorders(self) -> list[Recorder]:
@@ -62,18 +64,21 @@ class Scorer:
         self.run.summary["engine"] = rollout.state.engine
 
     def chunk(self, first: int, latents: Tensor, shown: Tensor | None) -> None:
-        """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, n, H, W, 3] or not at all."""
+        """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, F, H, W, 3] or not at all."""
         if not torch.isfinite(latents).all():
             raise NonFiniteError(f"frames {first}-{first + latents.shape[1] - 1} contain NaN or infinity")
         start = first - self.clips.prefill
         part = slice(start, start + latents.shape[1])
         scores: dict[str, list[float]] = {}
         if shown is not None and self.clips.truth is not None:
-            scores["psnr/truth"] = frame_psnr(shown, self.clips.truth[:, part]).mean(dim=1).tolist()
+            frames = pixel_part(first, latents.shape[1], self.clips.prefill, self.session.stride)
+            scores["psnr/truth"] = frame_psnr(shown, self.clips.truth[:, frames]).mean(dim=1).tolist()
         if self.reference is not None:
             wanted = self.reference[:, part]
-            if shown is not None:
-                target = self.session.decode(wanted)
+            if shown is not None and self._wanted is not None:
+                self._wanted.follow(self.reference, first, self.clips.prefill)
+                target = self._wanted.preview(wanted)
+                assert target is not None
                 for name in self.metrics.keys() - WHOLE_CLIP:
                     scores[name] = self._per_clip(name, shown, target)
             error = (latents - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
@@ -113,18 +118,23 @@ class Scorer:
         self._log(scores, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
 
     def clip(self, shown: Tensor | None) -> None:
-        """Scores of whole videos, uint8 [B, n, H, W, 3], n all generated frames; none without pixels."""
-        if shown is None or not isinstance(self.clips, Clips):
+        """Scores of whole videos, uint8 [B, F, H, W, 3], F all generated frames; none without pixels."""
+        if shown is None:
             return
         scores: dict[str, list[float]] = {}
-        returned = self.clips.revisit_psnr(shown)
+        returned = self.clips.revisit_psnr(shown) if isinstance(self.clips, Clips) else None
         if returned is not None:
             scores["revisit_psnr"] = returned.tolist()
-        present = self.clips.presence(shown.to(self.session.device))
+        present = (
+            self.clips.presence(shown.to(self.session.device)) if isinstance(self.clips, Clips) else None
+        )
         if present is not None:
             scores["presence"] = present
         if self.reference is not None and self.metrics.keys() & WHOLE_CLIP:
-            target = self.session.decode_chunks(self.reference)
+            # chunk by chunk, as they were decoded when they were generated, so that the bits are the same
+            screen = self.session.screen(self.clips)
+            target = joined([screen.show(part) for part in self.reference.split(self.session.chunk, dim=1)])
+            assert target is not None
             scores |= {name: self._per_clip(name, shown, target) for name in self.metrics.keys() & WHOLE_CLIP}
         self._log(scores)
 

@@ -1,8 +1,8 @@
 """A backbone with its loop on a device: encode, decode, start rollouts."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +10,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fastar.backbones import Autoencoder, Backbone, Prompts, load_backbone
+from fastar.backbones import Backbone, Prompts
+from fastar.backbones.codec import VideoCodec, pixel_frames
+from fastar.backbones.pretrained import load_checkpoint
 from fastar.cache import CachePolicy
 from fastar.compare.clips import AnyClips
 from fastar.compare.latents import LatentClips
+from fastar.compare.prompted import PromptedClip
+from fastar.compare.screen import Screen
 from fastar.compare.weights import random_backbone
-from fastar.data.pixels import to_model_range, to_uint8
+from fastar.data.pixels import to_model_range
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.rollout import PassTimer, Rollout
@@ -23,7 +27,7 @@ from fastar.sparsity.base import check_choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANDOM = "random"
-FRAMES_AT_ONCE = 32  # of the autoencoder, per video: bounds its memory
+FRAMES_AT_ONCE = 32  # of an autoencoder that knows single frames, per video: bounds its memory
 
 
 @dataclass
@@ -32,16 +36,18 @@ class Session:
 
     Attributes:
         backbone: in eval mode on its device.
-        autoencoder: its autoencoder, always in float32; None if it has none.
+        autoencoder: its own, in float32, or the one that the config names beside it; None without any.
         loop: passes of a chunk.
         weights: sha256 of the weights.
+        autoencoder_weights: sha256 of those of an autoencoder that is not the backbone's own.
     """
 
     backbone: Backbone
-    autoencoder: Autoencoder | None
+    autoencoder: VideoCodec | None
     loop: ChunkLoop
     device: torch.device
     weights: str
+    autoencoder_weights: str | None = None
 
     @property
     def chunk(self) -> int:
@@ -52,7 +58,12 @@ class Session:
         """Frames whose actions the step that makes the chunk at frame `first` needs."""
         return slice(first, first + self.loop.frames_in_flight)
 
-    def eyes(self) -> Autoencoder:
+    @property
+    def stride(self) -> int:
+        """Pixel frames of a latent frame after the first; 1 without an autoencoder, where latent frames are counted."""
+        return 1 if self.autoencoder is None else self.autoencoder.temporal_stride
+
+    def eyes(self) -> VideoCodec:
         """The autoencoder.
 
         Raises:
@@ -60,43 +71,29 @@ class Session:
         """
         if self.autoencoder is None:
             raise ValueError(
-                f"the backbone '{self.backbone.config.name}' has no autoencoder to see pixels with"
+                f"the backbone '{self.backbone.config.name}' has no autoencoder to see pixels with: add one, "
+                "as in autoencoder=wan"
             )
         return self.autoencoder
 
-    def beginning(self, clips: AnyClips) -> Tensor:
+    def beginning(self, clips: AnyClips | PromptedClip) -> Tensor:
         """Latents [B, prefill, C, h, w] of the frames that a rollout of `clips` is given, on the device."""
         if isinstance(clips, LatentClips):
             return clips.latents.to(self.device)
-        return self.encode(clips.frames[:, : clips.prefill])
+        if isinstance(clips, PromptedClip) or not clips.prefill:
+            shape = (clips.batch, 0, *self.backbone.config.latent_shape)
+            return torch.empty(shape, device=self.device)
+        return self.encode(clips.frames[:, : pixel_frames(clips.prefill, self.stride)])
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
-        """uint8 [B, F, H, W, 3] -> latents float32 [B, F, C, h, w] on the device."""
-        parts = frames.split(FRAMES_AT_ONCE, dim=1)
+        """uint8 [B, F, H, W, 3] from the first frame of a video on -> latents float32 [B, n, C, h, w] on the device."""
+        parts = frames.split(FRAMES_AT_ONCE if self.stride == 1 else frames.shape[1], dim=1)
         return torch.cat([self.eyes().encode(to_model_range(part.to(self.device))) for part in parts], 1)
 
-    @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, n, C, h, w] of a chunk -> uint8 [B, n, H, W, 3] on the CPU."""
-        return to_uint8(self.eyes().decode(latents)).cpu()
-
-    def show(self, clips: object, latents: Tensor, timer: PassTimer | None = None) -> Tensor | None:
-        """`decode`, timed; None for clips without pixels."""
-        if isinstance(clips, LatentClips):
-            return None
-        with timer.measure("decode") if timer is not None else nullcontext():
-            return self.decode(latents)
-
-    @staticmethod
-    def joined(shown: Sequence[Tensor | None]) -> Tensor | None:
-        """Chunks of `show` as one video."""
-        pixels = [chunk for chunk in shown if chunk is not None]
-        return torch.cat(pixels, 1) if pixels else None
-
-    def decode_chunks(self, latents: Tensor) -> Tensor:
-        """Several chunks, each decoded as it was when it was generated, so that the bits are the same."""
-        return torch.cat([self.decode(part) for part in latents.split(self.chunk, dim=1)], dim=1)
+    def screen(self, clips: AnyClips | PromptedClip) -> Screen:
+        """Where a rollout of `clips` is shown."""
+        return Screen(self, clips)
 
     def start(
         self,
@@ -130,7 +127,7 @@ def passes_of(rollout: DictConfig) -> dict[str, Any]:
 
 
 def open_session(config: DictConfig) -> Session:
-    """Load what `config` names: backbone, checkpoint, rollout, device, dtype, threads.
+    """Load what `config` names: backbone, checkpoint, autoencoder, rollout, device, dtype, threads.
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, a damaged one, or one of another backbone.
@@ -143,7 +140,15 @@ def open_session(config: DictConfig) -> Session:
     if config.checkpoint == RANDOM:
         backbone = random_backbone(config.backbone, device)
     else:
-        backbone = load_backbone(config.checkpoint)
+        backbone = load_checkpoint(
+            config.checkpoint,
+            partial(instantiate, config.backbone, device="meta"),
+            device=device,
+            dtype=DTYPES[config.dtype],
+            use_ema=config.get("use_ema", True),
+            store=config.paths.checkpoints,
+            cache=config.paths.cache,
+        )
     if backbone.config.name != config.backbone.name:
         raise ValueError(
             f"the checkpoint {config.checkpoint} holds the backbone '{backbone.config.name}', but the config says "
@@ -154,7 +159,10 @@ def open_session(config: DictConfig) -> Session:
         backbone.autoencoder.to(device)
     assert backbone.sha256 is not None
     loop = instantiate(config.rollout, chunk_frames=backbone.config.chunk_frames)
-    return Session(backbone, backbone.autoencoder, loop, device, backbone.sha256)
+    if config.get("autoencoder") is None:
+        return Session(backbone, backbone.autoencoder, loop, device, backbone.sha256)
+    autoencoder = instantiate(config.autoencoder, device=str(device))
+    return Session(backbone, autoencoder, loop, device, backbone.sha256, autoencoder.sha256)
 
 
 def best_device() -> str:

@@ -1,5 +1,6 @@
 """One method, one rollout; what experiments/rollout.py runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,7 @@ LENGTHS = {"prefill_frames": 32, "frames": 160}
 
 def roll(config: DictConfig, record: JobRecord | None = None) -> Path:
     """The finished run's folder."""
-    nodes = method_nodes.resolved(config)
-    if len(nodes) != 1:
-        raise ValueError(f"a rollout takes one method, got {', '.join(nodes)}: use experiments/compare.py")
-    [(name, node)] = nodes.items()
+    name, node = one_method(config)
     console = wide_console()
     check_writable(Path(config.paths.outputs) / config.name)
     session = open_session(config)
@@ -62,13 +60,25 @@ def roll(config: DictConfig, record: JobRecord | None = None) -> Path:
             assert result.shown is not None
             if isinstance(clips, PromptedClip):
                 clips.score(run, result.shown)
-            write_videos(run, name, clips, result.shown)
+            write_videos(run, name, clips, result.shown, fps=session.eyes().fps)
     rows = load(run.folder)
     console.print(to_rich(pivot(spread(rows, metrics=SHOWN))))
     if isinstance(clips, PromptedClip) and clips.untold is not None:
         console.print(f"no truth to compare with: {clips.untold}", highlight=False, soft_wrap=True)
     console.print(f"video and metrics: {run.folder}", highlight=False, soft_wrap=True)
     return run.folder
+
+
+def one_method(config: DictConfig) -> tuple[str, dict[str, Any]]:
+    """Name and resolved node of the method that `config` asks for.
+
+    Raises:
+        ValueError: it asks for several, or none.
+    """
+    nodes = method_nodes.resolved(config)
+    if len(nodes) != 1:
+        raise ValueError(f"a rollout takes one method, got {', '.join(nodes)}: use experiments/compare.py")
+    return next(iter(nodes.items()))
 
 
 def clip_of(config: DictConfig, session: Session) -> Clips | PromptedClip:
@@ -113,6 +123,25 @@ def open_run(
             "actions": clips.actions[0].tolist(),
             "prefill_frames": clips.prefill,
         }
+    arguments = run_arguments(config, session, name, node, given, config.seed, {})
+    return store_of(config).open(**arguments, device=session.device)
+
+
+def store_of(config: DictConfig) -> RunStore:
+    """Where rollouts are kept."""
+    return RunStore(config.paths.outputs, config.name, sinks=[instantiate(config.logger)], force=config.force)
+
+
+def run_arguments(
+    config: DictConfig,
+    session: Session,
+    name: str,
+    node: Mapping[str, Any],
+    given: Mapping[str, Any],
+    seed: int,
+    labels: Mapping[str, str],
+) -> dict[str, Any]:
+    """Arguments of `RunStore.open` for the rollout of a method, of what is `given` of the video."""
     identity = {
         "method": method_nodes.identity_of(node, session.weights),
         **given,
@@ -120,25 +149,23 @@ def open_run(
         "dtype": config.dtype,
         "warmup_chunks": config.warmup_chunks,
     }
-    store = RunStore(
-        config.paths.outputs, config.name, sinks=[instantiate(config.logger)], force=config.force
-    )
-    return store.open(
-        identity,
-        seed=config.seed,
-        checkpoint_sha256=session.weights,
-        timing_device=device_name(session.device),
-        labels={"method": name, "backbone": config.backbone.name},
-        device=session.device,
-    )
+    if session.autoencoder_weights is not None:  # its own is part of the backbone's weights
+        identity["autoencoder"] = session.autoencoder_weights
+    return {
+        "config": identity,
+        "seed": seed,
+        "checkpoint_sha256": session.weights,
+        "timing_device": device_name(session.device),
+        "labels": {"method": name, "backbone": config.backbone.name, **labels},
+    }
 
 
-def write_videos(run: Run, name: str, clips: Clips | PromptedClip, shown: Tensor) -> None:
+def write_videos(run: Run, name: str, clips: Clips | PromptedClip, shown: Tensor, *, fps: float) -> None:
     """The rollout alone, and, if it is known, beside what the simulator or the prompts say."""
-    path = write_mp4(run.videos / "rollout.mp4", shown[0])
+    path = write_mp4(run.videos / "rollout.mp4", shown[0], fps=fps)
     if clips.truth is not None:
         told = "script" if isinstance(clips, PromptedClip) else "simulator"
         both = side_by_side({told: clips.truth[0], name: shown[0]}, columns=2, scale=3)
-        path = write_mp4(run.videos / "side_by_side.mp4", both)
+        path = write_mp4(run.videos / "side_by_side.mp4", both, fps=fps)
     for sink in run.sinks:
         sink.video(path.stem, path)

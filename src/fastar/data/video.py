@@ -10,7 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Frames = Tensor | NDArray[np.uint8]
@@ -213,3 +213,24 @@ def _caption(
     bar = Image.new("RGB", (width, height), BACKGROUND)
     ImageDraw.Draw(bar).text((width // 2, height // 2), text, INK, font=font, anchor="mm")
     return np.asarray(bar)
+
+
+def read_start(path: str | Path, *, height: int, width: int) -> Tensor:
+    """Frames of an image (one) or a video file, scaled to cover `height` x `width` and cropped around the centre.
+
+    Returns:
+        uint8 [F, height, width, 3].
+
+    Raises:
+        ValueError: there is no such file, or it is neither.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            pictures = [image.convert("RGB")]
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}") from error
+    except UnidentifiedImageError:
+        pictures = [Image.fromarray(frame) for frame in read_mp4(path).numpy()]
+    fitted = [ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted]))

@@ -170,7 +170,7 @@ class Run:
         Args:
             values: metric -> number. A later row replaces an earlier one of the same metric, chunk, frame and clip.
             chunk: index of the chunk, None for a value of the whole run.
-            frame: index of the chunk's first pixel frame.
+            frame: index of the chunk's first latent frame.
             clip: index in the batch, None for a value of all clips.
             unit: of all these values; by default the one in `fastar.metrics.names`.
         """
