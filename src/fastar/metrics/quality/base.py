@@ -1,0 +1,111 @@
+"""What the measures of a video by itself share: pixels are looked at once, for the whole video and for its windows."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from fastar.metrics.frames import unit_frames
+
+MOVES, STANDS = "dynamic_degree_lite", ("consistency_lite", "flickering_lite", "smoothness_lite")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one video: `whole`, and `windows`, by the first frame of each; empty where not even two fit."""
+
+    whole: float
+    windows: Mapping[int, float]
+
+    def drift(self) -> dict[int, float]:
+        """Every later window minus the first."""
+        first, *_ = self.windows.values() or [0.0]
+        return {frame: score - first for frame, score in self.windows.items() if frame > 0}
+
+
+class VideoScore(Metric):
+    """Mean over videos of a score of whole videos. A measure says what it sees in frames, and how that is judged.
+
+    Args:
+        window: frames of the windows that `score` judges one by one; what is left at the end belongs to none. None: no
+            windows.
+
+    Attributes:
+        span, step: the observation number i is of the `span` frames from number `step` * i on.
+        least: frames that a video must have.
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = True
+    full_state_update = False
+    span, step, least = 1, 1, 1
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, *, window: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if window is not None and window < 1:
+            raise ValueError(f"a window must have at least 1 frame, got {window}")
+        self.window = window
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def observe(self, video: Tensor) -> Tensor:
+        """What is seen in a video [F, 3, H, W] in [0, 1]: [N, ...], in the order of frames."""
+        raise NotImplementedError
+
+    def judge(self, seen: Tensor) -> Tensor:
+        """The score of the frames that `seen` [N, ...] is of."""
+        raise NotImplementedError
+
+    def score(self, video: Tensor) -> Scores:
+        """Scores of one video, uint8 [F, H, W, 3] or float [F, 3, H, W] in [0, 1].
+
+        Raises:
+            ValueError: other pixels, or too few of them: at least `least` frames, in the video and in a window.
+        """
+        frames = unit_frames(video)
+        if frames.ndim != 4:
+            raise ValueError(f"a score is of one video [F, ...], got {tuple(video.shape)}")
+        self._check_length(len(frames), "a video")
+        seen = self.observe(frames)
+        windows: dict[int, float] = {}
+        if self.window is not None and len(frames) >= 2 * self.window:
+            self._check_length(self.window, "a window")
+            for first in range(0, len(frames) - self.window + 1, self.window):
+                last = (
+                    first + self.window - self.span
+                )  # an observation that starts later looks beyond the window
+                part = seen[-(-first // self.step) : last // self.step + 1]
+                windows[first] = float(self.judge(part))
+        return Scores(float(self.judge(seen)), windows)
+
+    def update(self, video: Tensor) -> None:
+        """Add videos, uint8 [B, F, H, W, 3] or float [B, F, 3, H, W] in [0, 1]."""
+        if video.ndim != 5:
+            raise ValueError(f"videos must be [B, F, ...], got {tuple(video.shape)}")
+        for one in video:
+            self.total += self.score(one).whole
+            self.count += 1
+
+    def compute(self) -> Tensor:
+        """Mean over videos, float32; NaN before any update."""
+        return (self.total / self.count).float()
+
+    def _check_length(self, frames: int, what: str) -> None:
+        if frames < self.least:
+            name = type(self).__name__
+            raise ValueError(f"{name} needs {what} of at least {self.least} frames, got {frames}")
+
+
+def check_measures(names: Iterable[str]) -> None:
+    """Raise a ValueError if measures that a frozen video passes best are asked for without the one that it fails."""
+    asked = set(names)
+    blind = sorted(name for name in asked if name.endswith(STANDS))
+    if blind and MOVES not in asked:
+        raise ValueError(
+            f"{blind[0]} is perfect for a video that stands still: add {MOVES} to the metrics, to be read beside it"
+        )
