@@ -112,10 +112,17 @@ def _features_at_scale(grey: Tensor) -> Tensor:
 
 
 def _fit(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Asymmetric generalised Gaussians by moments (Lasmar et al. 2009) of [N, h, w]: shape, mean, left and right
-    variance.""" flat = values.flatten(1) sides = [flat.clamp(max=0), flat.clamp(min=0)] left, right = (
-        side.square().sum(1) / (side != 0).sum(1).clamp(min=1) + 1e-12 for side in sides
-    )  # + 1e-12: flat frames have neither side
+    """Asymmetric generalised Gaussians of [N, h, w] by moments (Lasmar et al. 2009).
+
+    Returns:
+        Shape, mean, left and right variance: [N] each.
+    """
+    flat = values.flatten(1)
+    # + 1e-12: a flat frame has neither side
+    left, right = (
+        side.square().sum(1) / (side != 0).sum(1).clamp(min=1) + 1e-12
+        for side in (flat.clamp(max=0), flat.clamp(min=0))
+    )
     ratio = (left / right).sqrt()
     moments = flat.abs().mean(1).square() / (flat.square().mean(1) + 1e-12)
     wanted = moments * (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1).square()
@@ -124,6 +131,7 @@ def _fit(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = shapes[
         torch.searchsorted(ratios, wanted).clamp(max=len(shapes) - 1)
     ]  # the ratio grows with the shape
+    # Gamma(2 / shape) / sqrt(Gamma(1 / shape) Gamma(3 / shape))
     scale = torch.exp(torch.lgamma(2 / shape) - (torch.lgamma(1 / shape) + torch.lgamma(3 / shape)) / 2)
     return shape, (right.sqrt() - left.sqrt()) * scale, left, right
 
