@@ -15,7 +15,7 @@ from fastar.metrics.block_fill import FillRecorder
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
 from fastar.metrics.fidelity import frame_psnr
 from fastar.metrics.prompt_tokens import PromptRecorder
-from fastar.metrics.quality import VideoScore
+from fastar.metrics.quality import VideoScore, quality_rows
 from fastar.results.run import Run
 from fastar.rollout.rollout import NonFiniteError, Rollout
 
@@ -135,14 +135,11 @@ class Scorer:
 
     def _log_quality(self, shown: Tensor) -> None:
         """What is told of each video by itself, of its windows, and of these minus the first one."""
-        for name, measure in self.quality.items():
-            found = [measure.score(video) for video in shown]
-            self._log({name: [scores.whole for scores in found]})
-            for start in found[0].windows:
-                of_window = {f"{name}/window": [scores.windows[start] for scores in found]}
-                if start:
-                    of_window[f"{name}/drift"] = [scores.drift()[start] for scores in found]
-                self._log(of_window, chunk=start // self.session.chunk, frame=self.clips.prefill + start)
+        for start, scores in quality_rows(self.quality, shown):
+            if start is None:
+                self._log(scores)
+            else:
+                self._log(scores, chunk=start // self.session.chunk, frame=self.clips.prefill + start)
 
     def _per_clip(self, name: str, shown: Tensor, target: Tensor) -> list[float]:
         values, metric = [], self.metrics[name]

@@ -112,8 +112,8 @@ def is_timing(metric: str) -> bool:
 
 
 def is_held(metric: str) -> bool:
-    """Whether it tells how things stand after a chunk, as what a cache holds: the last value is that of the rollout."""
-    return metric in ("cache_bytes", "cache_slots", "byte_share", "slot_share") or metric.endswith("/drift")
+    """Whether it tells what a cache holds after a chunk: the last chunk's value is that of the rollout."""
+    return metric in ("cache_bytes", "cache_slots", "byte_share", "slot_share")
 
 
 def decimals_of(metric: str) -> int:

@@ -17,7 +17,7 @@ A frozen video is perfect in the first four: never read them without dynamic_deg
 photographic videos only (conf/metrics/quality_photos.yaml).
 """
 
-from fastar.metrics.quality.base import Scores, VideoScore, check_measures
+from fastar.metrics.quality.base import Scores, VideoScore, check_measures, quality_rows
 from fastar.metrics.quality.consistency import BackgroundConsistency, SubjectConsistency
 from fastar.metrics.quality.imaging import ImagingQuality
 from fastar.metrics.quality.motion import DynamicDegree, MotionSmoothness, TemporalFlickering
@@ -39,4 +39,5 @@ __all__ = [
     "TemporalFlickering",
     "VideoScore",
     "check_measures",
+    "quality_rows",
 ]

@@ -1,6 +1,6 @@
 """What the measures of a video by itself share: pixels are looked at once, for the whole video and for its windows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,3 +109,27 @@ def check_measures(names: Iterable[str]) -> None:
         raise ValueError(
             f"{blind[0]} is perfect for a video that stands still: add {MOVES} to the metrics, to be read beside it"
         )
+
+
+def quality_rows(
+    measures: Mapping[str, VideoScore], videos: Iterable[Tensor]
+) -> Iterator[tuple[int | None, dict[str, list[float]]]]:
+    """What `measures` say of videos of one length, ready to be logged: metrics with one value a video.
+
+    First of whole videos, with None: `<name>`, and `<name>/drift/end`, the last window minus the first, where there are
+    windows. Then of each window, with its first frame: `<name>/window`, and, but for the first, `<name>/drift`, that
+    minus the first window's.
+    """
+    shown = list(videos)
+    for name, measure in measures.items():
+        found = [measure.score(video) for video in shown]
+        later = list(found[0].drift())
+        whole = {name: [scores.whole for scores in found]}
+        if later:
+            whole[f"{name}/drift/end"] = [scores.drift()[later[-1]] for scores in found]
+        yield None, whole
+        for start in found[0].windows:
+            rows = {f"{name}/window": [scores.windows[start] for scores in found]}
+            if start in later:
+                rows[f"{name}/drift"] = [scores.drift()[start] for scores in found]
+            yield start, rows

@@ -99,10 +99,8 @@ def _half_way(frame: NDArray[np.uint8], flow: NDArray[np.float32]) -> NDArray[np
 
     rows, columns = np.indices(frame.shape[:2], dtype=np.float32)
     x, y = columns - flow[..., 0] / 2, rows - flow[..., 1] / 2
-    moved: NDArray[np.float32] = cv2.remap(
-        frame.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
-    return moved
+    moved = cv2.remap(frame.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(moved, dtype=np.float32)
 
 
 def _fastest(flow: NDArray[np.float32]) -> float:
