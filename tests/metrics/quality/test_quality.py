@@ -172,8 +172,13 @@ def test_only_the_dynamic_degree_fails_a_frozen_video(clip: Damaged) -> None:
     ],
     ids=["consistency", "flickering", "smoothness", "degree8", "degree24"],
 )
-def test_a_window_is_scored_as_a_video_of_its_own(make: Callable[..., VideoScore]) -> None:
-    """Also where windows do not start at a frame that the measure starts at."""
+def test_a_window_is_scored_as_a_video_of_its_own(
+    make: Callable[..., VideoScore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where windows do not start at a frame that the measure starts at, and however the video is cut in pieces."""
+    whole = make().score(panning(1, 20)).whole
+    monkeypatch.setattr("fastar.metrics.quality.base.PIECE", 4)
+    assert make().score(panning(1, 20)).whole == pytest.approx(whole, abs=1e-6)
     video = torch.cat([panning(1, 6), panning(4, 7), panning(2, 8)])
     for window in (6, 7):
         found = make(window=window).score(video)
@@ -207,6 +212,7 @@ def test_a_batch_is_the_mean_of_its_videos() -> None:
     [
         (lambda: MotionSmoothness().score(panning(1, 2)), "a video of at least 3 frames, got 2"),
         (lambda: TemporalFlickering(window=1).score(panning(1, 2)), "a window of at least 2 frames, got 1"),
+        (lambda: MotionSmoothness(window=3).score(panning(1, 9)), "a window of at least 4 frames, got 3"),
         (lambda: TemporalFlickering(window=0), "at least 1 frame, got 0"),
         (lambda: DynamicDegree(fps=0), "fps must be positive"),
         (lambda: TemporalFlickering().update(panning(1, 3)), r"videos must be \[B, F"),

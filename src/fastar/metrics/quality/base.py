@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from fastar.metrics.frames import unit_frames
 
+PIECE = 64  # observations made at once: bounds the memory
 MOVES, STANDS = "dynamic_degree_lite", ("consistency_lite", "flickering_lite", "smoothness_lite")
 
 
@@ -54,7 +55,7 @@ class VideoScore(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def observe(self, video: Tensor) -> Tensor:
-        """What is seen in a video [F, 3, H, W] in [0, 1]: [N, ...], in the order of frames."""
+        """What is seen in a video, or a piece of one, [F, 3, H, W] in [0, 1]: [(F - span) // step + 1, ...]."""
         raise NotImplementedError
 
     def judge(self, seen: Tensor) -> Tensor:
@@ -67,20 +68,19 @@ class VideoScore(Metric):
         Raises:
             ValueError: other pixels, or too few of them: at least `least` frames, in the video and in a window.
         """
-        frames = unit_frames(video)
-        if frames.ndim != 4:
+        if video.ndim != 4:
             raise ValueError(f"a score is of one video [F, ...], got {tuple(video.shape)}")
-        self._check_length(len(frames), "a video")
-        seen = self.observe(frames)
+        self._check_length(len(video), self.least, "a video")
+        count = (len(video) - self.span) // self.step + 1
+        pieces = [range(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
+        seen = torch.cat([self.observe(unit_frames(video[self._frames(piece)])) for piece in pieces])
         windows: dict[int, float] = {}
-        if self.window is not None and len(frames) >= 2 * self.window:
-            self._check_length(self.window, "a window")
-            for first in range(0, len(frames) - self.window + 1, self.window):
-                last = (
-                    first + self.window - self.span
-                )  # an observation that starts later looks beyond the window
-                part = seen[-(-first // self.step) : last // self.step + 1]
-                windows[first] = float(self.judge(part))
+        if self.window is not None and len(video) >= 2 * self.window:
+            # wherever it starts, it holds an observation
+            self._check_length(self.window, self.least + self.step - 1, "a window")
+            for first in range(0, len(video) - self.window + 1, self.window):
+                last = first + self.window - self.span  # what starts later looks beyond the window
+                windows[first] = float(self.judge(seen[-(-first // self.step) : last // self.step + 1]))
         return Scores(float(self.judge(seen)), windows)
 
     def update(self, video: Tensor) -> None:
@@ -95,10 +95,13 @@ class VideoScore(Metric):
         """Mean over videos, float32; NaN before any update."""
         return (self.total / self.count).float()
 
-    def _check_length(self, frames: int, what: str) -> None:
-        if frames < self.least:
-            name = type(self).__name__
-            raise ValueError(f"{name} needs {what} of at least {self.least} frames, got {frames}")
+    def _frames(self, seen: range) -> slice:
+        """The frames that observations in a row are of."""
+        return slice(self.step * seen.start, self.step * (seen.stop - 1) + self.span)
+
+    def _check_length(self, frames: int, least: int, what: str) -> None:
+        if frames < least:
+            raise ValueError(f"{type(self).__name__} needs {what} of at least {least} frames, got {frames}")
 
 
 def check_measures(names: Iterable[str]) -> None:

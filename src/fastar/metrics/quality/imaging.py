@@ -153,8 +153,7 @@ class ImagingQuality(VideoScore):
 
     def observe(self, video: Tensor) -> Tensor:
         """Score of each frame: [F]."""
-        parts = [self.model.score(brisque_features(part.cpu())) for part in video.split(64)]
-        return 100 - torch.cat(parts)
+        return 100 - self.model.score(brisque_features(video.cpu()))
 
     def judge(self, seen: Tensor) -> Tensor:
         return seen.mean()

@@ -24,6 +24,7 @@ MODES = {
 }
 """Module and its mode. custom: any videos, 10 of the 16 dimensions. standard: VBench's prompts, five videos of each.
 long: the same for videos of 5 s and more."""
+ANSWERS = "*_eval_results.json"
 MISSING = "This required video"  # of the warning that VBench prints of a prompt of its own without a video
 PROBE = """
 import importlib.metadata, importlib.util, sys
@@ -103,7 +104,7 @@ class VBench:
         """Run VBench over the folder `videos`.
 
         Args:
-            output: an empty folder for what VBench writes; its own words go to vbench.log there.
+            output: folder for what VBench writes, its own words in vbench.log; earlier answers there are removed.
             dimensions: names of `DIMENSIONS`.
             prompts: by the names of the files; only asked for in mode custom, and may be empty.
 
@@ -112,6 +113,8 @@ class VBench:
         """
         output.mkdir(parents=True, exist_ok=True)
         output, log = output.resolve(), output.resolve() / "vbench.log"
+        for old in output.glob(ANSWERS):
+            old.unlink()
         module, name = MODES[mode]
         line = [self._interpreter(), "-m", module, "--mode", name, "--videos_path", str(videos.resolve())]
         line += ["--output_path", str(output), "--dimension", *dimensions]
@@ -129,7 +132,7 @@ class VBench:
                 check=False,
             )  # fmt: skip
         words = log.read_text(errors="replace")
-        answers = sorted(output.glob("*_eval_results.json"), key=lambda path: path.stat().st_mtime_ns)
+        answers = sorted(output.glob(ANSWERS), key=lambda path: path.stat().st_mtime_ns)
         if done.returncode != 0 or not answers:
             last = (words.strip() or "no message").splitlines()[-1].strip()
             raise ValueError(f"VBench gave no scores ({last}): see {log}")
