@@ -142,6 +142,10 @@ def test_a_rollout_knows_its_prompt(tmp_path: Path) -> None:
     assert found["m0"].videos[0].prompt == "A cat sits. A dog comes." and found["m0"].prompts_known
     assert not found["m1"].prompts_known
     assert set(found["m1"].link(tmp_path / "links").values()) == {"rollout-0.mp4"}
+    with RunStore(tmp_path, "rollout").open({"other": 1}, seed=0, labels={"method": "m0"}) as run:
+        write_mp4(run.videos / "rollout.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match="method m0 and the same seed"):
+        collect(tmp_path / "rollout", None)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,12 @@ def _of_runs(place: Path, told: Mapping[str, str]) -> list[Collection]:
         raise ValueError(
             f"no videos in {place}: name a folder of .mp4 files, or of runs that kept theirs (videos=...)"
         )
+    for labels, videos in groups.items():
+        if len({video.seed for video in videos}) < len(videos):
+            raise ValueError(
+                f"several runs in {place} have the method {dict(labels).get('method')} and the same seed, and no label "
+                "tells them apart: name a folder with one kind of them"
+            )
     return [
         Collection(dict(labels), sorted(videos, key=lambda video: video.seed))
         for labels, videos in groups.items()

@@ -46,19 +46,21 @@ def evaluate(config: DictConfig) -> list[Path]:
                 if runner is not None:
                     _ask(run, runner, config.mode, collection, dimensions)
             runs.append(run.folder)
-    for title, table in tables(load(runs), version, config.mode).items():
+    rows = load(runs)
+    labels = dict.fromkeys(name for one in collections for name in one.labels if name != "method")
+    lines = ["method", *(name for name in labels if rows[name].nunique(dropna=False) > 1)]
+    for title, table in tables(rows, lines, version, config.mode).items():
         console.print(to_rich(table, title=title))
     console.print(f"scores: {Path(config.paths.outputs) / config.name}", highlight=False, soft_wrap=True)
     return runs
 
 
-def tables(rows: pd.DataFrame, version: str | None, mode: str) -> dict[str, pd.DataFrame]:
-    """VBench's scores, and those of the stand-ins, a line a collection."""
+def tables(rows: pd.DataFrame, lines: list[str], version: str | None, mode: str) -> dict[str, pd.DataFrame]:
+    """VBench's scores, and those of the stand-ins, a line a collection; `lines` are columns that tell these apart."""
     titles = {
         f"VBench {version}, mode {mode}": [f"vbench/{name}" for name in (*FINAL, *DIMENSIONS)],
         "stand-ins (no VBench scores)": [*LITE, *(f"{name}/drift/end" for name in LITE)],
     }
-    lines = [name for name in ("method", "protocol") if name in rows]
     stats = {title: spread(rows, index=lines, metrics=names) for title, names in titles.items()}
     return {title: pivot(found) for title, found in stats.items() if not found.empty}
 

@@ -13,8 +13,9 @@ an environment of its own (`fastar.metrics.quality.vbench`). They tell methods a
 | imaging_quality_lite | MUSIQ | 100 - BRISQUE |
 
 Overall consistency has no stand-in but where scripts say what is to be seen: `presence`. Aesthetic quality has none.
-A frozen video is perfect in the first four: never read them without dynamic_degree_lite. The imaging quality is for
-photographic videos only (conf/metrics/quality_photos.yaml).
+A frozen video is perfect in the first four: never read them without dynamic_degree_lite. None of them knows what
+should have been seen: a world model that forgets everything may draw a duller, steadier world than one that remembers,
+and score higher. The imaging quality is for photographic videos only (conf/metrics/quality_photos.yaml).
 """
 
 from fastar.metrics.quality.base import Scores, VideoScore, check_measures, quality_rows

@@ -23,7 +23,7 @@ class _Consistency(VideoScore):
 
     least = 2
 
-    def __init__(self, features: nn.Module, *, batch: int = 8, **kwargs: Any) -> None:
+    def __init__(self, features: nn.Module, *, batch: int = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.features, self.batch = features, batch
 
