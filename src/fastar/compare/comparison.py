@@ -26,6 +26,7 @@ from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.compare.tasks import LATENTS, REFERENCE, Group, Task, read_latents
 from fastar.data.video import upscale, write_mp4
+from fastar.metrics.quality import check_measures
 from fastar.results import Run, run_id
 from fastar.results.files import Unwritable, atomic
 from fastar.results.loading import RESERVED
@@ -286,6 +287,7 @@ class Comparison:
 
     def _check(self) -> None:
         config, chunk = self.config, self.session.chunk
+        check_measures(self.metrics)
         check_source(config.data, config.source, self.session.backbone.config)
         if config.source == SOURCE:
             self.session.eyes()

@@ -18,6 +18,7 @@ from fastar.compare.report_plots import DENSE, TO_DENSE, protocols, varies
 from fastar.compare.variants import settings_of, variant_names
 from fastar.data.video import contact_sheet, read_mp4, side_by_side, write_mp4
 from fastar.metrics.names import is_held
+from fastar.metrics.quality import LITE
 from fastar.results import load
 from fastar.results.files import read_summary, write_json
 from fastar.results.plots import colours_of
@@ -36,13 +37,17 @@ SPEED = (
     "fps_denoise/steady", "fps_commit/steady", "fps_decode/steady", "fps/steady", "latency_p50/steady",
     "speedup/dense/steady",
 )  # fmt: skip
-TABLES = {"quality": QUALITY, "words of the prompt": PROMPT, "memory and work": MEMORY, "speed": SPEED}
+DRIFT = tuple(f"{name}/drift/end" for name in LITE)
+TABLES = {
+    "quality": QUALITY, "videos by themselves (no VBench scores)": LITE, "their last window minus the first": DRIFT,
+    "words of the prompt": PROMPT, "memory and work": MEMORY, "speed": SPEED,
+}  # fmt: skip
 SUMMARY = (
     "byte_share/end", "slot_share/end", "density", "fps/steady", "psnr", "psnr/truth", "revisit_psnr", "recall",
     "prompt_share", "prompt_recall", "presence",
 )  # fmt: skip
 MAY_BE_ALIKE = ("byte_share/end", "slot_share/end", "density", "recall", "prompt_share", "prompt_recall")
-COMPARED = ("psnr", "revisit_psnr")
+COMPARED = ("psnr", "revisit_psnr", *LITE)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from fastar.metrics.block_fill import FillRecorder
 from fastar.metrics.density import DensityRecorder, dense_bytes, dense_slots
 from fastar.metrics.fidelity import frame_psnr
 from fastar.metrics.prompt_tokens import PromptRecorder
+from fastar.metrics.quality import VideoScore, quality_rows
 from fastar.results.run import Run
 from fastar.rollout.rollout import NonFiniteError, Rollout
 
@@ -27,7 +28,7 @@ class Scorer:
     """Logs one run's quality and cost to the store; of clips without pixels, what latents tell.
 
     Args:
-        metrics: distances to the reference video, (pred, target) -> score.
+        metrics: distances to the reference video, (pred, target) -> score, and measures of a video by itself.
         reference: latents [B, n, C, h, w] of the dense rollout, or None where there is none to compare with.
         keep_words: keep which phrases of the first clip's prompt were read, for a picture.
     """
@@ -43,7 +44,10 @@ class Scorer:
         keep_words: bool = False,
     ) -> None:
         self.run, self.session, self.clips = run, session, clips
-        self.metrics, self.reference, self.keep_words = metrics, reference, keep_words
+        alone = {name: metric for name, metric in metrics.items() if isinstance(metric, VideoScore)}
+        self.quality = {name: metric.to(session.device) for name, metric in alone.items()}
+        self.metrics = {name: metric for name, metric in metrics.items() if name not in alone}
+        self.reference, self.keep_words = reference, keep_words
         config = session.backbone.config
         self.tokens = config.tokens_per_frame
         self.density = DensityRecorder(tokens_per_frame=self.tokens)
@@ -137,6 +141,15 @@ class Scorer:
             assert target is not None
             scores |= {name: self._per_clip(name, shown, target) for name in self.metrics.keys() & WHOLE_CLIP}
         self._log(scores)
+        self._log_quality(shown)
+
+    def _log_quality(self, shown: Tensor) -> None:
+        """What is told of each video by itself, of its windows, and of these minus the first one."""
+        for start, scores in quality_rows(self.quality, shown):
+            if start is None:
+                self._log(scores)
+            else:
+                self._log(scores, chunk=start // self.session.chunk, frame=self.clips.prefill + start)
 
     def _per_clip(self, name: str, shown: Tensor, target: Tensor) -> list[float]:
         values, metric = [], self.metrics[name]

@@ -1,20 +1,24 @@
-"""Does the picture turn the way the action says? The sign of its optical flow (OpenCV's DIS, Kroeger et al. 2016)."""
+"""Optical flow (OpenCV's DIS, Kroeger et al. 2016), and whether the picture turns the way the action says: its sign."""
 
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
 LEFT, RIGHT = -1, 1
 
 
-def horizontal_flow(frames: Tensor) -> Tensor:
-    """Mean horizontal flow between consecutive frames, in pixels, positive to the right: float32 [F - 1].
+def flow_fields(frames: Tensor, pairs: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.float32]]:
+    """Optical flow from one frame to another, of each of `pairs`: float32 [H, W, 2], pixels to the right and down.
 
     Args:
-        frames: uint8 [F, H, W, 3], at least 2 frames.
+        frames: uint8 [F, H, W, 3].
+        pairs: indices of the frame that the flow starts from, and of the one it leads to.
 
     Raises:
         ValueError: other frames, or OpenCV is not installed.
@@ -29,8 +33,17 @@ def horizontal_flow(frames: Tensor) -> Tensor:
         )
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames.cpu().numpy()]
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    flows = [float(dis.calc(one, two, None)[..., 0].mean()) for one, two in pairwise(grey)]  # type: ignore[call-overload]
-    return torch.tensor(flows)
+    for one, other in pairs:
+        yield dis.calc(grey[one], grey[other], None)  # type: ignore[call-overload]
+
+
+def horizontal_flow(frames: Tensor) -> Tensor:
+    """Mean horizontal flow between consecutive frames, in pixels, positive to the right: float32 [F - 1].
+
+    Takes frames, and raises, as `flow_fields` does.
+    """
+    flows = flow_fields(frames, pairwise(range(len(frames))))
+    return torch.tensor([float(flow[..., 0].mean()) for flow in flows])
 
 
 class TurnAgreement(Metric):

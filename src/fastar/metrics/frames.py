@@ -29,6 +29,11 @@ def unit_frames(video: Tensor) -> Tensor:
     return video.float().clamp(0, 1)
 
 
+def byte_frames(video: Tensor) -> Tensor:
+    """Frames as uint8 [..., H, W, 3]; takes what `unit_frames` takes."""
+    return unit_frames(video).mul(255).round().byte().movedim(-3, -1).contiguous()
+
+
 def frame_pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both videos as `unit_frames`; ValueError if their shapes differ."""
     first, second = unit_frames(pred), unit_frames(target)

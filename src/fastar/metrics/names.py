@@ -28,6 +28,25 @@ METRICS: dict[str, MetricInfo] = {
     "frechet": MetricInfo("", "lower", 2, "Frechet distance of image features, generated to real"),
     "turn_agreement": MetricInfo("", "higher", 3, "share of turns whose optical flow has the right sign"),
     "presence": MetricInfo("", "higher", 3, "share of the scripted things that are found in their places"),
+    # a video by itself (fastar/metrics/quality): stand-ins for dimensions of VBench, and VBench
+    "dynamic_degree_lite": MetricInfo("", "", 3, "share of pairs of frames between which something moves"),
+    "subject_consistency_lite": MetricInfo(
+        "", "higher", 4, "cosine of EfficientNet features to first and previous frame"
+    ),
+    "background_consistency_lite": MetricInfo(
+        "", "higher", 4, "the same of the average of its middle map: textures and colours"
+    ),
+    "temporal_flickering_lite": MetricInfo(
+        "", "higher", 4, "1 - mean absolute difference of consecutive frames"
+    ),
+    "motion_smoothness_lite": MetricInfo(
+        "", "higher", 4, "1 - mean absolute error of frames interpolated by optical flow"
+    ),
+    "imaging_quality_lite": MetricInfo(
+        "", "higher", 1, "100 - BRISQUE, mean over frames; for photographic videos"
+    ),
+    "vbench": MetricInfo("", "higher", 4, "VBench's own score, of the dimension named after the slash"),
+    "vbench_video": MetricInfo("", "higher", 4, "the same of one video, before VBench scales it"),
     # attention
     "recall": MetricInfo("", "higher", 4, "sum of min(dense, method) attention per token, mean over queries"),
     "output_error": MetricInfo("", "lower", 4, "relative error of the attention output"),

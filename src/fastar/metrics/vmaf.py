@@ -10,7 +10,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
-from fastar.metrics.frames import frame_pair
+from fastar.metrics.frames import byte_frames, frame_pair
 
 MIN_SIDE = 64
 """VMAF's features are taken at four scales; below this many pixels a side libvmaf's scores mean nothing."""
@@ -40,7 +40,7 @@ def vmaf_frames(pred: Tensor, target: Tensor, *, threads: int = 1) -> Tensor:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, clip in (("pred.rgb", first), ("target.rgb", second)):
-            (folder / file).write_bytes(_rgb_bytes(clip))
+            (folder / file).write_bytes(byte_frames(clip).cpu().numpy().tobytes())
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "25"]
         planes = "format=yuv444p"  # full colour resolution: small frames have none to give away
         graph = (
@@ -79,7 +79,3 @@ def ffmpeg_with_libvmaf() -> str:
             "or leave vmaf out of the metrics"
         )
     return str(program)
-
-
-def _rgb_bytes(clip: Tensor) -> bytes:
-    return clip.mul(255).round().byte().movedim(-3, -1).contiguous().cpu().numpy().tobytes()
