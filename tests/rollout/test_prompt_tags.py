@@ -15,6 +15,7 @@ from fastar.attention.events import AttendEvent
 from fastar.attention.tags import PromptTags
 from fastar.backbones import Backbone
 from fastar.cache import CachePolicy, DenseCache, TempCache, WindowCache
+from fastar.engines import WILDCARD
 from fastar.rollout.method import Method
 from fastar.rollout.protocols import TeeCache, lockstep_a, lockstep_b
 from fastar.rollout.rollout import Rollout
@@ -284,3 +285,19 @@ def test_a_layer_that_is_not_there_is_named(backbone: Backbone, cross_attention:
 def test_prompt_buckets_need_somebody_who_tags(backbone: Backbone) -> None:
     with pytest.raises(ValueError, match="cross-attention gives none"):
         started(backbone, prompts(9), self_attention=SPARSE)
+
+
+def test_tags_of_another_prompt_are_read_by_every_query(backbone: Backbone) -> None:
+    """Numbers of the old prompt's tokens would match any words of the new one."""
+    rollout = started(backbone, prompts(9, 20), self_attention=SPARSE, cross_attention=TAGGERS["token"])
+    made = torch.cat(list(rollout.generate(3 * CHUNK)), 1)
+    tags = rollout.state.tags
+    assert tags is not None
+    tokens = CHUNK * GRID[0] * GRID[1]
+    assert (tags.state_dict()[1] != WILDCARD).all()
+    rollout.change_prompts(prompts(12, 6), made[:, -CHUNK:])
+    known = tags.state_dict()[1]
+    assert (known[:, :, : 2 * tokens] == WILDCARD).all() and (known[:, :, 2 * tokens :] != WILDCARD).all()
+    rollout.change_prompts(prompts(5, 5))
+    assert (tags.state_dict()[1] == WILDCARD).all()
+    assert torch.isfinite(rollout.step()).all()

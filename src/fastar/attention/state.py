@@ -151,6 +151,12 @@ class AttentionState:
             self.actions.drop_from(first_frame)
         self.forget_working_copies()
 
+    def prompt_changed(self) -> None:
+        """Forget what is known about the prompt: another is read from the next pass on."""
+        self.restore_in_flight({})
+        if self.tags is not None:
+            self.tags.prompt_changed()
+
     def cache_changed(self, next_frame: int) -> None:
         """Frames before `next_frame` are committed, by this state or by somebody else: read the cache afresh."""
         self.forget_working_copies()

@@ -90,6 +90,12 @@ class PromptTags:
         self._committed = {layer: tags.to(device) for layer, tags in saved.items()}
         self._current = {}
 
+    def prompt_changed(self) -> None:
+        """Tags were about another prompt: what was tagged so far is read by every query."""
+        self._current = {}
+        for tags in self._committed.values():
+            tags.fill_(WILDCARD)
+
     def forget(self, next_frame: int) -> None:
         """Frames before `next_frame` are committed: the tags of their passes are over."""
         self._current = {first: known for first, known in self._current.items() if first >= next_frame}

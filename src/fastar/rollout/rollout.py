@@ -83,7 +83,7 @@ class Rollout:
         self._text = None if prompts is None else prompts.text(self.device, dtype)
         self._projected: ProjectedTokens | None = None
         self._remembered = {}  # it was about another prompt
-        self.state.restore_in_flight({})
+        self.state.prompt_changed()
 
     @torch.inference_mode()
     def change_prompts(
