@@ -75,9 +75,9 @@ def test_bucket_pairs_are_the_same_bucket_pairs_of_the_executed_blocks(
     tags = (given.text_tags, given.key_tags)
     if source == "content":
         assert given.log_count is not None
-        empty = (given.log_count == -torch.inf)[..., None]
-        k = torch.where(empty, given.k[:, :, -1:], given.k)
-        buckets = LSHBucketizer(bits=2).buckets(given.q.flatten(0, 1), k.flatten(0, 1))
+        live = (given.log_count > -torch.inf).expand(given.k.shape[:3]).flatten(0, 1)
+        q, k = given.q.flatten(0, 1), given.k.flatten(0, 1)
+        buckets = LSHBucketizer(bits=2).buckets(q, k, valid=live)
         tags = (buckets[0].unflatten(0, (BATCH, HEADS)), buckets[1].unflatten(0, (BATCH, HEADS)))
     assert tags[0] is not None and tags[1] is not None and plan.bucket_pairs is not None
     same, whole = by_hand(plan, given, tags[0], tags[1])
