@@ -82,9 +82,10 @@ def test_eight_bits_come_close_to_it_and_two_do_not() -> None:
 
 
 def test_lsh_counts_queries_in_the_bucket_of_a_token() -> None:
-    """Table by table, bit by bit."""
+    """Table by table, bit by bit; or the tables in which any query does."""
     q, prompt = given()
     scores, planes = LSH.score(q, prompt), seeded_normal(3, DIM, 10, like=q)
+    tables = LSHCounts(bits=2, tables=5, counted="tables", seed=3).score(q, prompt)
 
     def bucket(x: Tensor, table: int) -> tuple[bool, ...]:
         return tuple(float(x @ planes[:, 2 * table + bit]) > 0 for bit in range(2))
@@ -93,13 +94,18 @@ def test_lsh_counts_queries_in_the_bucket_of_a_token() -> None:
         for h in range(HEADS):
             centre = prompt.k[b, h, :words].mean(0)
             for token in range(TOKENS):
-                shared = sum(
-                    bucket(q[b, h, i], table) == bucket(prompt.k[b, h, token] - centre, table)
+                shared = [
+                    sum(
+                        bucket(q[b, h, i], table) == bucket(prompt.k[b, h, token] - centre, table)
+                        for i in range(QUERIES)
+                    )
                     for table in range(5)
-                    for i in range(QUERIES)
-                )
-                assert scores[b, h, token] == shared
-    assert 0 < scores.min() < scores.max() <= 5 * QUERIES
+                ]
+                assert scores[b, h, token] == sum(shared)
+                assert tables[b, h, token] == sum(count > 0 for count in shared)
+    assert 0 < scores.min() < scores.max() <= 5 * QUERIES and tables.min() < tables.max()
+    with pytest.raises(ValueError, match="counted must be one of queries, tables"):
+        LSHCounts(counted="tokens")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tables must be at least 1"):
         LSHCounts(tables=0)
     with pytest.raises(ValueError, match="bits must be from 1 to 16"):

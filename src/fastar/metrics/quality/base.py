@@ -1,5 +1,6 @@
 """What the measures of a video by itself share: pixels are looked at once, for the whole video and for its windows."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,13 +55,13 @@ class VideoScore(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    @abstractmethod
     def observe(self, video: Tensor) -> Tensor:
         """What is seen in a video, or a piece of one, [F, 3, H, W] in [0, 1]: [(F - span) // step + 1, ...]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, seen: Tensor) -> Tensor:
         """The score of the frames that `seen` [N, ...] is of."""
-        raise NotImplementedError
 
     def score(self, video: Tensor) -> Scores:
         """Scores of one video, uint8 [F, H, W, 3] or float [F, 3, H, W] in [0, 1].
