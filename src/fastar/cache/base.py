@@ -24,7 +24,8 @@ class CacheSpec:
     """Sizes of the attention calls a cache will serve.
 
     `chunk_frames` is how many frames are compressed at a time: longer commits (a prefill) are taken in such blocks, so
-    that filling a cache at once equals filling it chunk by chunk, and a budget must hold at least one.
+    that filling a cache at once equals filling it chunk by chunk, and a budget must hold at least one. `key_width` is
+    how wide the attention engine wants the keys to lie in memory (`fastar.engines.key_width`); None: `head_dim`.
     """
 
     num_layers: int
@@ -36,6 +37,7 @@ class CacheSpec:
     compute_dtype: torch.dtype
     device: torch.device
     chunk_frames: int = 4
+    key_width: int | None = None
 
     @property
     def dense_frame_bytes(self) -> int:
@@ -76,6 +78,17 @@ class CacheView:
     origins: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Room:
+    """A layer's slots where they lie, with memory for the current tokens behind them: what attention reads.
+
+    k: [B, H, S + tokens, W], W the `CacheSpec.key_width`, what is beyond head_dim for the engine. v: [B, H, S + tokens, D].
+    """
+
+    k: Tensor
+    v: Tensor
+
+
 class CachePolicy(ABC):
     """What is kept of the past. One instance serves one rollout: configure, `bind`, then passes.
 
@@ -85,6 +98,11 @@ class CachePolicy(ABC):
 
     def __init__(self) -> None:
         self._spec: CacheSpec | None = None
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a view may ever have log-counts, so that keys lie in memory with room for them."""
+        return True
 
     @property
     def is_bound(self) -> bool:
@@ -111,6 +129,14 @@ class CachePolicy(ABC):
     @abstractmethod
     def view(self, layer: int) -> CacheView:
         """The layer's past, up-cast or dequantised; the caller keeps it between commits if it needs it again."""
+
+    def room(self, layer: int, tokens: int) -> Room | None:
+        """The slots of `view` with memory for `tokens` more, which the next commit may take in without a copy.
+
+        None if `view` is not to be had in memory: attention then reads a copy. What is behind the slots is not part of
+        the cache, and is lost when it changes.
+        """
+        return None
 
     @abstractmethod
     def stage(self, layer: int, staged: Staged) -> None:

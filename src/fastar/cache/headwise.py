@@ -149,7 +149,7 @@ class HeadwiseCache(CachePolicy):
         return parts
 
     def _spec_of(self, heads: int) -> CacheSpec:
-        return replace(self.spec, num_layers=1, num_heads=heads)
+        return replace(self.spec, num_layers=1, num_heads=heads, key_width=None)
 
     def _on_paper(self, make: MakePolicy, heads: int) -> BudgetedPolicy:
         """A policy without memory, to ask what its slots cost."""

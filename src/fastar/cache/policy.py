@@ -9,7 +9,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Room, Staged
+from fastar.cache.buffers import SlotBuffers
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.lineage import Lineage, PartOfHeads
 from fastar.cache.slots import (
@@ -40,7 +41,8 @@ class SlotPolicy(CachePolicy):
     """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
 
     A layer's slots live in one buffer, at one address. A commit first works out what is to be done to all layers
-    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing).
+    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing). Where the
+    slots are as attention wants them, it reads them in that buffer, with the current chunk behind them (`room`).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
 
@@ -58,7 +60,7 @@ class SlotPolicy(CachePolicy):
             raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(DTYPES)}")
         self._format = SlotFormat(slot_bits, DTYPES[storage], quant_group or 64)
         self._quant_group = quant_group
-        self._buffers: list[Slots] = []
+        self._buffers = SlotBuffers()
         self._extras: list[dict[str, Tensor]] = []
         self._staged: dict[int, Staged] = {}
         self.filled = 0  # slots in use, the same in all layers and heads
@@ -77,6 +79,10 @@ class SlotPolicy(CachePolicy):
 
         Must not write to `slots`. May replace entries of `extras`, a fresh dict.
         """
+
+    @property
+    def counts_tokens(self) -> bool:
+        return type(self)._log_count is not SlotPolicy._log_count
 
     def capacity_slots(self) -> int | None:
         """Slots a layer and head may hold; None if unbounded."""
@@ -119,8 +125,12 @@ class SlotPolicy(CachePolicy):
         except ValueError:
             self._spec = None
             raise
-        empty = self._encode_empty()
-        self._buffers = [empty.empty(capacity or 0) for _ in range(spec.num_layers)]
+        self._buffers = SlotBuffers(
+            self._encode_empty(),
+            layers=spec.num_layers,
+            size=capacity or 0,
+            key_width=spec.key_width if self._read_in_place else None,
+        )
         self._extras = [self.new_extras() for _ in range(spec.num_layers)]
 
     def stage(self, layer: int, staged: Staged) -> None:
@@ -175,6 +185,18 @@ class SlotPolicy(CachePolicy):
         positions = unpack_positions(slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
         return CacheView(k, v, self._log_count(slots), positions)
 
+    def room(self, layer: int, tokens: int) -> Room | None:
+        if not self._read_in_place:
+            return None
+        # a cache that is to be full some day has its memory, and keeps its address, from the first pass on
+        self._reserve(max(self.filled, self.capacity_slots() or 0) + tokens, keep=self.filled)
+        return Room(*(x[:, :, : self.filled + tokens] for x in self._buffers.keys_values(layer)))
+
+    @property
+    def _read_in_place(self) -> bool:
+        """Whether slots are in memory as attention wants them."""
+        return self._format.bits == 16 and self._format.dtype == self.spec.compute_dtype
+
     def drop_from(self, first_frame: int) -> None:
         self.check_drop(first_frame)
         if first_frame >= self.next_frame:
@@ -208,8 +230,8 @@ class SlotPolicy(CachePolicy):
         return self.spec.num_layers * (capacity * self.slot_bytes() + self.extras_bytes())
 
     def working_bytes(self) -> int:
-        """Bytes allocated beyond `bytes_used`: slots reserved and not yet filled."""
-        return sum(buffer.narrow(self.filled, buffer.size).nbytes for buffer in self._buffers)
+        """Bytes allocated beyond `bytes_used`: slots not filled, among them the current chunk's, and an engine's own."""
+        return self._buffers.nbytes - sum(buffer.narrow(0, self.filled).nbytes for buffer in self._buffers)
 
     def slot_bytes(self) -> int:
         """Bytes of one slot of one layer in all batch elements and heads, metadata included."""
@@ -328,15 +350,14 @@ class SlotPolicy(CachePolicy):
                 result.apply(self._buffers[layer])
             else:
                 self._buffers[layer].write(0, result)
-            self._extras[layer] = extras
+            for name, kept in self._extras[
+                layer
+            ].items():  # at their addresses, as a captured commit reads them there
+                kept.copy_(extras[name])
 
     def _reserve(self, size: int, keep: int) -> None:
-        """Have room for `size` slots in all layers; a growing buffer doubles and takes its first `keep` slots along."""
-        if size > self._buffers[0].size:
-            grown = [buffer.empty(max(size, 2 * buffer.size)) for buffer in self._buffers]
-            for new, old in zip(grown, self._buffers, strict=True):
-                new.write(0, old.narrow(0, keep))
-            self._buffers = grown
+        """Have room for `size` slots in all layers; a growing buffer takes its first `keep` slots along."""
+        self._buffers.reserve(size, keep, double=self.capacity_slots() is None)
 
     def _log_count(self, slots: Slots) -> Tensor | None:
         return None

@@ -114,9 +114,11 @@ class Slots:
         return Slots({name: t.new_zeros(*t.shape[:2], size, *t.shape[3:]) for name, t in self.fields.items()})
 
     def write(self, start: int, other: Slots) -> None:
-        """Copy `other` over the slots from `start` on, in place."""
+        """Copy `other` over the slots from `start` on, in place, unless it is what lies there."""
         for name, tensor in self.fields.items():
-            tensor[:, :, start : start + other.size] = other[name]
+            target, source = tensor[:, :, start : start + other.size], other[name]
+            if target.data_ptr() != source.data_ptr() or target.stride() != source.stride():
+                target.copy_(source)
 
     @staticmethod
     def cat(*parts: Slots) -> Slots:

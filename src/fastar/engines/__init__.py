@@ -39,6 +39,10 @@ class EngineChoice:
         return resolve(self.name, device)
 
 
+def key_width(engine: str, head_dim: int) -> int:
+    return head_dim
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -46,6 +50,7 @@ def attend(
     *,
     log_count: Tensor | None = None,
     plan: BlockPlan | None = None,
+    head_dim: int | None = None,
     engine: str = "auto",
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
