@@ -17,11 +17,12 @@ from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
 from fastar.attention.place import place
+from fastar.attention.places import PlaceMemory, Places
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
 from fastar.attention.text import Selection, TextStream
 from fastar.attention.working import WorkingKeys, WorkingMemory
-from fastar.cache.base import CachePolicy, CacheSpec, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, Execute, Staged, at_once
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import CrossSelector, Selector, SelectRequest
 from fastar.sparsity.base import Scheduled
@@ -69,8 +70,8 @@ class AttentionState:
         if self.tags is not None:
             self.recorders.append(self.tags)
         self.context: PassContext | None = None
-        self._positions = torch.empty(0, 3, dtype=torch.long)
-        self._turns = (torch.empty(0), torch.empty(0))  # cosines and sines of these
+        self.places = PlaceMemory(rope, grid, device)
+        self._here: Places | None = None  # of the pass
         key_width = engines.key_width(self.engine, head_dim) if cache.counts_tokens else head_dim
         self._memory = WorkingMemory(cache, key_width)
         self.device = device
@@ -99,21 +100,19 @@ class AttentionState:
         self.context = context
         if self.cache.enter(context):
             self.forget_working_copies()
-        self._positions = grid_positions(
-            context.first_frame, context.num_frames, self.grid, device=self.device
-        )
-        self._turns = self.rope.tables(self._positions)
+        self._here = self.places.of(context.first_frame, context.num_frames)
 
-    def end_pass(self) -> None:
+    def end_pass(self, execute: Execute = at_once) -> None:
         """Close the pass; if it commits, the staged keys of all layers enter the cache together.
 
         If they cannot (out of memory, a layer that was never called), the pass is aborted and the error goes on.
+        `execute` does the cache's work on the device.
         """
         context = self._require_context()
         if context.commits:
             try:
                 told = {} if self.actions is None else self.actions.following()
-                self.cache.commit(context.first_frame, context.num_frames)
+                self.cache.commit(context.first_frame, context.num_frames, execute)
             except BaseException:
                 self.abort_pass()
                 raise
@@ -242,12 +241,18 @@ class AttentionState:
         working = self._memory.of(layer, k_raw)
         q = q_raw.new_empty(*q_raw.shape[:3], working.k.shape[3])
         current_k, current_v = (x[:, :, working.cached :] for x in (working.k, working.v))
-        place(q_raw, k_raw, v, self._turns, q, current_k, current_v)
+        place(q_raw, k_raw, v, self._require_places().turns, q, current_k, current_v)
         if context.commits:
             current_k = current_k[..., : working.head_dim]
             self.cache.stage(
                 layer,
-                Staged(q_raw=q_raw, k_raw=k_raw, k=current_k, v=current_v, positions=self._positions),
+                Staged(
+                    q_raw=q_raw,
+                    k_raw=k_raw,
+                    k=current_k,
+                    v=current_v,
+                    positions=self._require_places().positions,
+                ),
             )
         outs = []
         for part, rows, keys in self._parts(context):
@@ -302,9 +307,10 @@ class AttentionState:
         if raw is None:
             first, stop = context.visible
             own = (first, stop - first) == (context.first_frame, context.num_frames)
-            places = self._positions if own else grid_positions(first, stop - first, self.grid, self.device)
+            here = self._require_places().positions
+            places = here if own else grid_positions(first, stop - first, self.grid, self.device)
             current = working.own_keys[:, :, working.cached :]
-            raw = (self.rope.unrotate(q, self._positions), self.rope.unrotate(current, places))
+            raw = (self.rope.unrotate(q, here), self.rope.unrotate(current, places))
         return self.self_selector.plan(self._request(layer, context, q, *raw, working))
 
     def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -365,6 +371,11 @@ class AttentionState:
             text_tags=text_tags,
             key_tags=key_tags,
         )
+
+    def _require_places(self) -> Places:
+        if self._here is None:
+            raise RuntimeError("attention was called outside a pass: call begin_pass first")
+        return self._here
 
     def _require_context(self) -> PassContext:
         if self.context is None:

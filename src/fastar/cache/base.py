@@ -6,6 +6,7 @@ Legend: B batch, H heads, S slots, L tokens of a commit, D head dim; tensors are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,14 @@ from fastar.attention.rope import RotaryEmbedding
 
 if TYPE_CHECKING:
     from fastar.cache.lineage import Lineage
+
+Execute = Callable[[Callable[[], int]], int]
+"""Does a piece of work on the device, or does again what it did before (`fastar.rollout.capture`)."""
+
+
+def at_once(work: Callable[[], int]) -> int:
+    """`Execute` as a plain call."""
+    return work()
 
 
 @dataclass(frozen=True)
@@ -143,8 +152,24 @@ class CachePolicy(ABC):
         """Hand in a layer's tokens; nothing changes before `commit`."""
 
     @abstractmethod
-    def commit(self, first_frame: int, num_frames: int) -> None:
-        """Take in what all layers staged: frames [first_frame, first_frame + num_frames)."""
+    def commit(self, first_frame: int, num_frames: int, execute: Execute = at_once) -> None:
+        """Take in what all layers staged: frames [first_frame, first_frame + num_frames).
+
+        `execute` does the work on the device, of policies that have a `layout`; others do it at once.
+        """
+
+    def layout(self) -> tuple[int, ...] | None:
+        """Numbers that change whenever passes or commits find other sizes or another place in memory.
+
+        As long as they stay, every pass of one kind, and every commit, does the same work on the same memory, and waits
+        for nothing: it can be captured. None: this policy cannot promise that.
+        """
+        return None
+
+    @property
+    def staged(self) -> Mapping[int, Staged]:
+        """What was handed in since the last commit, by layer."""
+        raise ValueError(f"{type(self).__name__} does not say what is staged")
 
     @abstractmethod
     def discard(self) -> None:

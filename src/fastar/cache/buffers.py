@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from fastar.cache.slots import Slots
@@ -29,6 +28,7 @@ class SlotBuffers:
         key_width: int | None = None,
     ) -> None:
         self._template, self._key_width = template, key_width
+        self.generation = 0  # how often buffers were exchanged
         allocated = [self._allocate(size) for _ in range(layers)]
         self._layers = [slots for slots, _ in allocated]
         self._keys = [keys for _, keys in allocated]
@@ -65,6 +65,7 @@ class SlotBuffers:
                 grown, keys = self._allocate(max(size, 2 * buffer.size if double else 0))
                 grown.write(0, buffer.narrow(0, keep))
                 self._layers[layer], self._keys[layer] = grown, keys
+                self.generation += 1
 
     def _allocate(self, size: int) -> tuple[Slots, Tensor]:
         """Zeroed slots, and their keys as wide as they lie in memory."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Room, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Room, Staged, at_once
 from fastar.cache.buffers import SlotBuffers
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.lineage import Lineage, PartOfHeads
@@ -152,30 +152,27 @@ class SlotPolicy(CachePolicy):
     def discard(self) -> None:
         self._staged.clear()
 
-    def commit(self, first_frame: int, num_frames: int) -> None:
-        self.finish(self.prepare(first_frame, num_frames), first_frame, num_frames)
+    def commit(self, first_frame: int, num_frames: int, execute: Execute = at_once) -> None:
+        self._admit(first_frame, num_frames)
+        self._advance(execute(lambda: self._take_in(self._compute())), first_frame, num_frames)
 
     @torch.no_grad()
     def prepare(self, first_frame: int, num_frames: int) -> Prepared:
         """The first half of a commit: all that can fail, computed aside; slots and counters stay as they are."""
-        self._check_commit(first_frame, num_frames)
-        if self._lineage is not None:
-            self._lineage.arrive(self._staged[0].positions)
-        scratch = Scratch()
-        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+        self._admit(first_frame, num_frames)
+        return self._compute()
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, first_frame: int, num_frames: int) -> None:
         """The second half: make what was prepared the current state."""
-        offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
-        if self.next_frame == 0:
-            self.first_frame = self.exact_from = first_frame
-        self.filled = self._take_in(prepared)
-        self.next_frame = first_frame + num_frames
-        if capacity is not None and offered > capacity:
-            verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
-            self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
-        self._staged.clear()
+        self._advance(self._take_in(prepared), first_frame, num_frames)
+
+    @property
+    def staged(self) -> Mapping[int, Staged]:
+        return dict(self._staged)
+
+    def layout(self) -> tuple[int, ...] | None:
+        return (self.filled, self._buffers.generation)
 
     def view(self, layer: int) -> CacheView:
         spec, slots = self.spec, self._buffers[layer].narrow(0, self.filled)
@@ -275,6 +272,29 @@ class SlotPolicy(CachePolicy):
 
     # -- internals -----------------------------------------------------------------------------------------------
 
+    def _admit(self, first_frame: int, num_frames: int) -> None:
+        """What of a commit is the host's: may these frames enter, and who follows them."""
+        self._check_commit(first_frame, num_frames)
+        if self._lineage is not None:
+            self._lineage.arrive(self._staged[0].positions)
+
+    @torch.no_grad()
+    def _compute(self) -> Prepared:
+        scratch = Scratch()
+        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+
+    def _advance(self, filled: int, first_frame: int, num_frames: int) -> None:
+        """Count frames that have been taken in, which left `filled` slots."""
+        offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
+        if self.next_frame == 0:
+            self.first_frame = self.exact_from = first_frame
+        self.filled = filled
+        self.next_frame = first_frame + num_frames
+        if capacity is not None and offered > capacity:
+            verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
+            self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
+        self._staged.clear()
+
     def _check_commit(self, first_frame: int, num_frames: int) -> None:
         spec = self.spec
         missing = [layer for layer in range(spec.num_layers) if layer not in self._staged]
@@ -337,6 +357,7 @@ class SlotPolicy(CachePolicy):
         positions = torch.zeros(1, 3, dtype=torch.long, device=spec.device)
         return self._encode(Staged(zero, zero, zero, zero, positions))
 
+    @torch.no_grad()
     def _take_in(self, prepared: Prepared) -> int:
         """Make what a commit computed the current state of all layers; the number of slots now filled."""
         self._store(prepared)
