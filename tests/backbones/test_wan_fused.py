@@ -164,7 +164,7 @@ def test_refusals() -> None:
     cpu = torch.device("cpu")
     model, given = random_model(TINY, cpu, torch.float32), inputs(TINY, cpu, torch.float32)
     attend = BlockCausalAttend(rope=model.rope, grid=GRID, chunk_frames=2)
-    with pytest.raises(ValueError, match=r"bfloat16 model on a GPU.*use linears=model"):
+    with pytest.raises(ValueError, match=r"needs a bfloat16 model.*use linears=model"):
         fuse(model, linears="fp8")
     if os.environ.get("TRITON_INTERPRET") == "1":
         fuse(model)
@@ -286,7 +286,7 @@ def test_the_epilogues_gelu_is_the_tanh_form() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("linears", "limit"), [("model", 0.02), ("fp8", 0.12)])
+@pytest.mark.parametrize(("linears", "limit"), [("model", 0.02), ("fp8", 0.06)])
 @torch.inference_mode()
 def test_at_true_width_fused_is_near_eager_and_can_be_captured(linears: Linears, limit: float) -> None:
     cuda, grid = torch.device("cuda"), (6, 10)
@@ -300,7 +300,7 @@ def test_at_true_width_fused_is_near_eager_and_can_be_captured(linears: Linears,
     found = model(**given, attend=attend)
     assert relative(found, expected) < limit
     if linears == "fp8":
-        assert relative(found, expected) > 0.001  # it was in 8 bits
+        assert relative(found, expected) > 0.015  # it was in 8 bits
     given["text"] = model.project_text(given["text"])  # type: ignore[assignment]
     for _ in range(2):
         model(**given, attend=attend)
@@ -310,7 +310,7 @@ def test_at_true_width_fused_is_near_eager_and_can_be_captured(linears: Linears,
         captured = model(**given, attend=attend)
     given["latents"].copy_(torch.randn_like(given["latents"]))
     graph.replay()
-    torch.testing.assert_close(captured, model(**given, attend=attend))
+    assert relative(captured, model(**given, attend=attend)) < 0.005
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:

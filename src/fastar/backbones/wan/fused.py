@@ -8,6 +8,7 @@ feed-forward's GELU is in its product, and the modulation of all layers is made 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fastar.attention.context import Attend, Stream
 from fastar.backbones.wan.launch import check_device, residual_norm, rms_norm_
 from fastar.backbones.wan.layers import Contexts, KeysValues, WanBlock, run_in
-from fastar.backbones.wan.linears import Fp8Linear, Linear, Linears, Rows, check_fp8
+from fastar.backbones.wan.linears import Fp8Linear, Linear, Linears, Rows, check_fp8, linears_named
 from fastar.backbones.wan.transformer import CausalWanTransformer
 
 
@@ -31,18 +32,42 @@ def fuse(transformer: CausalWanTransformer, linears: Linears | str = Linears.MOD
         ValueError: the transformer has rays or an action module, Triton cannot run where it is, or the device cannot
             multiply as `linears` says.
     """
-    config, weight = transformer.config, transformer.patch_embedding.weight
-    linears = Linears(linears)
+    config, linears = transformer.config, linears_named(linears)
     if config.action_motions is not None or config.action_module is not None:
         raise ValueError(
             "fused execution knows no rays (action_motions) and no action module: leave this transformer eager"
         )
-    check_device(weight.device)
+    check_device(transformer.patch_embedding.weight.device)
     if linears == Linears.FP8:
-        check_fp8(weight, weight.device)
+        check_fp8(transformer)
     with torch.inference_mode(False), torch.no_grad():
         transformer.fused = FusedPass(transformer, Fp8Linear if linears == Linears.FP8 else Linear)
     return transformer
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a transformer's passes are run: eager, the default, or fused, with its big linears in `linears`."""
+
+    fused: bool = False
+    linears: Linears = Linears.MODEL
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "linears", linears_named(self.linears))  # configs hold strings
+        if self.linears != Linears.MODEL and not self.fused:
+            raise ValueError(
+                f"linears={self.linears} needs fused=true: an eager pass multiplies in the model's dtype"
+            )
+
+    def __str__(self) -> str:
+        return f"fused, linears={self.linears}" if self.fused else "eager"
+
+    def apply(self, transformer: CausalWanTransformer) -> None:
+        """Run its passes so from now on; raises what `fuse` does."""
+        if self.fused:
+            fuse(transformer, self.linears)
+        else:
+            transformer.fused = None
 
 
 class FusedPass:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastar.backbones.wan.launch import EIGHT_BITS, Quantised, quantise
+from fastar.backbones.wan.transformer import CausalWanTransformer
 
 Rows = Tensor | Quantised
 """Tokens [rows, D]."""
@@ -70,11 +71,21 @@ class Fp8Linear(Linear):
         return quantise(self(x), gelu=True)
 
 
-def check_fp8(weight: Tensor, device: torch.device) -> None:
-    """Raise a ValueError unless linears of `weight`'s dtype can be multiplied in 8 bits on `device`."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < (8, 9) or weight.dtype != torch.bfloat16:
+def check_fp8(transformer: CausalWanTransformer) -> None:
+    """Raise a ValueError unless the big linears of a transformer can be multiplied in 8 bits where it is."""
+    weight, config = transformer.patch_embedding.weight, transformer.config
+    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else (0, 0)
+    if capability < (8, 9) or weight.dtype != torch.bfloat16 or config.dim % 16 or config.ffn_dim % 16:
         raise ValueError(
-            "linears=fp8 needs a bfloat16 model on a GPU of compute capability 8.9 or newer (Ada, Hopper), got "
-            f"{weight.dtype} on {device.type} {capability[0]}.{capability[1]}: use linears=model"
+            "linears=fp8 needs a bfloat16 model with widths divisible by 16, on a GPU of compute capability 8.9 or "
+            f"newer (Ada, Hopper); this is {weight.dtype}, {config.dim} and {config.ffn_dim} wide, on "
+            f"{weight.device.type} {capability[0]}.{capability[1]}: use linears=model"
         )
+
+
+def linears_named(name: Linears | str) -> Linears:
+    """The member; ValueError if there is none of this name."""
+    try:
+        return Linears(name)
+    except ValueError:
+        raise ValueError(f"linears must be one of {', '.join(Linears)}, got {name!r}") from None
