@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastar.attention.context import Stream
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.fused import Execution, fuse
+from fastar.benchmark.elementwise import benchmark_elementwise
 from fastar.benchmark.linears import benchmark, products, velocity_error
 
 pytest.importorskip("triton")
@@ -64,6 +65,17 @@ def test_products_and_passes_are_timed() -> None:
     assert rows[0]["of_products"] == 1 and all(row["ms"] > 0 and row["ms_captured"] is None for row in rows)
     flops = sum(p.flops for p in products(TINY, batch=1, frames=1, tokens_per_frame=GRID[0] * GRID[1]))
     assert rows[2]["tflops"] * rows[2]["ms"] * 1e9 == pytest.approx(flops)
+
+
+def test_kernels_are_timed(device: torch.device) -> None:
+    rows = list(
+        benchmark_elementwise(
+            TINY, frames=1, grid=GRID, key_width=32, device=device, dtype=torch.bfloat16, repeats=1
+        )
+    )
+    assert len(rows) == 8 and all(row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows)
+    calls = {row["what"]: row["calls"] for row in rows}
+    assert calls["residual and norm"] == 6 and calls["place, 32 wide"] == 2
 
 
 @pytest.mark.gpu

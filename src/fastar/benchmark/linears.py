@@ -27,8 +27,10 @@ from fastar.backbones.wan.fused import Execution
 from fastar.backbones.wan.launch import quantise
 from fastar.backbones.wan.linears import Fp8Linear, Linear, Linears
 from fastar.backbones.wan.transformer import CausalWanTransformer
+from fastar.benchmark.elementwise import benchmark_elementwise
 from fastar.benchmark.timing import timed
 from fastar.compare.command import wide_console
+from fastar.engines.augmented import augmented_width
 from fastar.results.tables import to_rich
 
 
@@ -191,7 +193,7 @@ def _times(call: Callable[[], object], device: torch.device, repeats: int) -> tu
 
 
 def main() -> None:
-    """The table for people, then one line of JSON."""
+    """The tables for people, then one line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,35 +201,31 @@ def main() -> None:
     parser.add_argument("--numerics", default="self_forcing")
     parser.add_argument("--fp8", action="store_true", help="8-bit linears, too")
     parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    backbone = OmegaConf.load(arguments.backbone)
-    config = replace(instantiate(backbone.transformer), numerics=arguments.numerics)
-    height, width = (
-        pixels // 8 // config.patch for pixels in backbone.frame_size
-    )  # Wan's autoencoder: 8 x 8
+    parser.add_argument("--device", default="cuda")
+    given = parser.parse_args()
+    backbone, device = OmegaConf.load(given.backbone), torch.device(given.device)
+    config = replace(instantiate(backbone.transformer), numerics=given.numerics)
+    token = 8 * config.patch  # pixels: Wan's autoencoder makes one latent of 8 x 8
+    height, width = (pixels // token for pixels in backbone.frame_size)
+    options: dict[str, Any] = {
+        "frames": backbone.chunk_frames, "grid": (height, width), "device": device, "dtype": torch.bfloat16,
+        "repeats": given.repeats,
+    }  # fmt: skip
     executions = [Execution(), Execution(fused=True)]
-    if arguments.fp8:
+    if given.fp8:
         executions.append(Execution(fused=True, linears=Linears.FP8))
-    device = torch.device("cuda")
-    rows = list(
-        benchmark(
-            config,
-            frames=backbone.chunk_frames,
-            grid=(height, width),
-            executions=executions,
-            device=device,
-            dtype=torch.bfloat16,
-            repeats=arguments.repeats,
-        )
-    )
-    card = {
-        "device": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "config": arguments.backbone,
-    }
+    rows = list(benchmark(config, executions=executions, **options))
+    kernels = list(benchmark_elementwise(config, key_width=augmented_width(config.head_dim, 16), **options))
+    card = {"config": given.backbone, "device": device.type, "torch": torch.__version__}
+    if device.type == "cuda":
+        card["device"] = torch.cuda.get_device_name(device)
     console = wide_console()
-    console.print(to_rich(pd.DataFrame(rows).round(3).astype(str), title=f"{card}: median of the repeats"))
-    console.print(json.dumps({"card": card, "rows": rows}), highlight=False, soft_wrap=True)
+    for table in (rows, kernels):
+        console.print(
+            to_rich(pd.DataFrame(table).round(4).astype(str), title=f"{card}: median of the repeats")
+        )
+    result = {"card": card, "rows": rows, "kernels": kernels}
+    console.print(json.dumps(result), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
