@@ -174,11 +174,11 @@ def _error(call: _Call, name: str, block_q: int) -> float:
     k, v = call.k, call.v
     rows = torch.arange(checked, device=k.device).expand(*k.shape[:2], checked)
     if plan is not None:
-        rows = plan.query_order[..., :checked]
+        rows = plan.query_index[..., :checked]
         read = plan.block_mask[:, :, 0].repeat_interleave(plan.block_k, -1)[..., : plan.num_keys]
-        k, v = (x.gather(2, plan.key_order[..., None].expand(x.shape)) for x in (k, v))
+        k, v = (x.gather(2, plan.key_index[..., None].expand(x.shape)) for x in (k, v))
         counts = torch.zeros_like(read, dtype=torch.float32) if log_count is None else log_count
-        log_count = counts.gather(2, plan.key_order).masked_fill(~read, -torch.inf)
+        log_count = counts.gather(2, plan.key_index).masked_fill(~read, -torch.inf)
     rows = rows[..., None].expand(*rows.shape, call.q.shape[-1])
     expected, _ = engines.attend(
         call.q.gather(2, rows).float(), k.float(), v.float(), log_count=log_count, engine="reference"

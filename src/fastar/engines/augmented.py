@@ -8,8 +8,12 @@ bfloat16.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from fastar.engines.registry import AttentionCall
 
 EXTRA = 2  # coordinates that carry the bias
 
@@ -31,16 +35,23 @@ def augment_queries(q: Tensor, width: int) -> Tensor:
     return extended
 
 
-def augment_keys(k: Tensor, log_count: Tensor, width: int) -> Tensor:
-    """[..., Lk, D] and log-counts [..., Lk] -> [..., Lk, width] in k's dtype."""
-    head_dim = k.shape[-1]
-    bias = log_count.to(torch.float32) * head_dim**0.5
+def augment_keys(k: Tensor, log_count: Tensor, width: int, scale: float | None = None) -> Tensor:
+    """[..., Lk, D] and log-counts [..., Lk] -> [..., Lk, width] in k's dtype.
+
+    scale: the softmax scale that the kernel will apply; 1 / sqrt(D) if None.
+    """
+    extended = pad_width(k, width)
+    write_log_counts(extended, log_count, k.shape[-1], scale)
+    return extended
+
+
+def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int, scale: float | None = None) -> None:
+    """Put log-counts [..., Lk] into augmented keys [..., Lk, width], in place; `scale` as in `augment_keys`."""
+    bias = log_count.to(torch.float32) / (head_dim**-0.5 if scale is None else scale)
     bias = torch.where(bias == -torch.inf, EMPTY, bias)
     hi = bias.to(k.dtype)
-    extended = pad_width(k, width)
-    extended[..., head_dim] = hi
-    extended[..., head_dim + 1] = (bias - hi.to(torch.float32)).to(k.dtype)
-    return extended
+    k[..., head_dim] = hi
+    k[..., head_dim + 1] = (bias - hi.to(torch.float32)).to(k.dtype)
 
 
 def pad_width(x: Tensor, width: int) -> Tensor:
@@ -48,3 +59,12 @@ def pad_width(x: Tensor, width: int) -> Tensor:
     padded = x.new_zeros(*x.shape[:-1], width)
     padded[..., : x.shape[-1]] = x
     return padded
+
+
+def augmented(call: AttentionCall, multiple: int) -> AttentionCall:
+    """The same call with its log-counts in the keys, `multiple` as in `augmented_width`."""
+    assert call.log_count is not None and call.head_dim is None
+    head_dim = call.q.shape[-1]
+    width = augmented_width(head_dim, multiple)
+    q, k = augment_queries(call.q, width), augment_keys(call.k, call.log_count, width)
+    return replace(call, q=q, k=k, log_count=None, head_dim=head_dim)
