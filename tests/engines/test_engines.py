@@ -173,7 +173,9 @@ def test_auto_is_resolved_by_device() -> None:
 
 
 def test_unknown_engine_lists_the_choices() -> None:
-    with pytest.raises(ValueError, match="choose one of auto, augmented, flex, reference, sdpa"):
+    with pytest.raises(
+        ValueError, match="choose one of auto, augmented, cudnn, fa4, flashinfer, flex, reference, sdpa"
+    ):
         engines.resolve("fa9", "cpu")
 
 
@@ -254,7 +256,8 @@ def test_keys_behind_a_length_are_not_attended_to(draw: Draw, engine: str, biase
 
 def test_the_width_of_log_counted_keys_is_the_engines_own() -> None:
     widths = {name: engines.key_width(name, 128) for name in engines.names()}
-    assert widths == {"augmented": 136, "flex": 136, "reference": 136, "sdpa": 136}
+    narrow = dict.fromkeys(("augmented", "flex", "reference", "sdpa"), 136)
+    assert widths == narrow | {"fa4": 144, "flashinfer": 192, "cudnn": 192}
 
 
 def test_head_dim_must_fit_the_call(draw: Draw) -> None:

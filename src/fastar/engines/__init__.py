@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastar.engines.augmented import EXTRA, augmented_width
+from fastar.engines.augmented import EXTRA
 from fastar.engines.plan import WILDCARD, BlockPlan
 from fastar.engines.registry import AttentionCall, Engine, get, names, resolve
 
@@ -49,7 +49,7 @@ def key_width(engine: str, head_dim: int) -> int:
     Args:
         engine: a name that `resolve` returned.
     """
-    return augmented_width(head_dim, get(engine).key_multiple)
+    return get(engine).key_width(head_dim)
 
 
 def attend(
@@ -91,6 +91,7 @@ def attend(
     chosen = get(resolve(engine, q.device))
     if lengths is not None and tuple(lengths.shape) != tuple(k.shape[:2]):
         raise ValueError(f"lengths {tuple(lengths.shape)} must be [batch, heads] = {tuple(k.shape[:2])}")
+    lengths = None if lengths is None else lengths.to(torch.int32)
     if lengths is not None and not chosen.takes_lengths:
         if head_dim is not None:
             raise ValueError(

@@ -8,12 +8,8 @@ bfloat16.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
-
-from fastar.engines.registry import AttentionCall
 
 EXTRA = 2  # coordinates that carry the bias
 
@@ -59,12 +55,3 @@ def pad_width(x: Tensor, width: int) -> Tensor:
     padded = x.new_zeros(*x.shape[:-1], width)
     padded[..., : x.shape[-1]] = x
     return padded
-
-
-def augmented(call: AttentionCall, multiple: int) -> AttentionCall:
-    """The same call with its log-counts in the keys, `multiple` as in `augmented_width`."""
-    assert call.log_count is not None and call.head_dim is None
-    head_dim = call.q.shape[-1]
-    width = augmented_width(head_dim, multiple)
-    q, k = augment_queries(call.q, width), augment_keys(call.k, call.log_count, width)
-    return replace(call, q=q, k=k, log_count=None, head_dim=head_dim)

@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from fastar.engines.augmented import augmented_width
 from fastar.engines.plan import BlockPlan
 
 _ENTRIES = {  # name: module, attribute
@@ -20,6 +21,9 @@ _ENTRIES = {  # name: module, attribute
     "sdpa": ("fastar.engines.sdpa", "SDPA"),
     "augmented": ("fastar.engines.sdpa", "AUGMENTED"),
     "flex": ("fastar.engines.flex", "FLEX"),
+    "fa4": ("fastar.engines.fa4", "FA4"),
+    "flashinfer": ("fastar.engines.flashinfer", "FLASHINFER"),
+    "cudnn": ("fastar.engines.cudnn", "CUDNN"),
 }
 _AUTO = {"cuda": "sdpa", "cpu": "sdpa"}  # elsewhere: reference, which needs nothing but matmul and softmax
 
@@ -81,6 +85,10 @@ class Engine:
     key_multiple: int = 8
     missing: Callable[[torch.device], str | None] = lambda device: None
     limits: Callable[[AttentionCall], str | None] = lambda call: None
+
+    def key_width(self, head_dim: int) -> int:
+        """Width at which log-counted keys of `head_dim` numbers are stored for this engine."""
+        return augmented_width(head_dim, self.key_multiple)
 
     def unfit_for_device(self, device: torch.device) -> str | None:
         """Why the engine cannot run on `device` at all, or None."""
