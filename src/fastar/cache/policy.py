@@ -33,13 +33,14 @@ class SlotOptions(TypedDict, total=False):
 
 
 Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
-"""By layer: slots, or what is to be done to them in place, and extras after a commit that has not happened yet."""
+"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place, and
+extras after a commit that has not happened yet, those of several layers one after the other."""
 
 
 class SlotPolicy(CachePolicy):
     """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
 
-    A layer's slots live in one buffer, at one address. A commit first works out what is to be done to all layers
+    A layer's slots live in one buffer, at one address, next to those of the other layers. A commit first works out what is to be done to all layers
     (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
@@ -58,7 +59,8 @@ class SlotPolicy(CachePolicy):
             raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(DTYPES)}")
         self._format = SlotFormat(slot_bits, DTYPES[storage], quant_group or 64)
         self._quant_group = quant_group
-        self._buffers: list[Slots] = []
+        self._all: Slots  # slots of all layers [layers * batch, heads, slots, ...]
+        self._buffers: list[Slots] = []  # of that, by layer
         self._extras: list[dict[str, Tensor]] = []
         self._staged: dict[int, Staged] = {}
         self.filled = 0  # slots in use, the same in all layers and heads
@@ -81,6 +83,10 @@ class SlotPolicy(CachePolicy):
     def capacity_slots(self) -> int | None:
         """Slots a layer and head may hold; None if unbounded."""
         return None
+
+    def spare_slots(self) -> int:
+        """Room behind a layer's slots, for arrivals that pass through it in a commit."""
+        return 0
 
     def verbatim_slots(self) -> int:
         """How many of the newest slots stay as they came once the cache is full."""
@@ -107,6 +113,10 @@ class SlotPolicy(CachePolicy):
     def follow(self, lineage: Lineage | PartOfHeads) -> None:
         self._lineage = lineage
 
+    def is_followed(self) -> bool:
+        """Whether `note_merges` tells anyone."""
+        return self._lineage is not None
+
     # -- the life of a cache -------------------------------------------------------------------------------------
 
     def bind(self, spec: CacheSpec) -> None:
@@ -120,7 +130,7 @@ class SlotPolicy(CachePolicy):
             self._spec = None
             raise
         empty = self._encode_empty()
-        self._buffers = [empty.empty(capacity or 0) for _ in range(spec.num_layers)]
+        self._hold(empty, (capacity or 0) + self.spare_slots())
         self._extras = [self.new_extras() for _ in range(spec.num_layers)]
 
     def stage(self, layer: int, staged: Staged) -> None:
@@ -151,8 +161,7 @@ class SlotPolicy(CachePolicy):
         self._check_commit(first_frame, num_frames)
         if self._lineage is not None:
             self._lineage.arrive(self._staged[0].positions)
-        scratch = Scratch()
-        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+        return self._commit_layers(Scratch())
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, first_frame: int, num_frames: int) -> None:
@@ -281,11 +290,14 @@ class SlotPolicy(CachePolicy):
                     f"and rows and columns must stay below {MAX_SIDE}"
                 )
 
+    def _commit_layers(self, scratch: Scratch) -> Prepared:
+        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+
     def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
         slots, extras = self._buffers[layer].narrow(0, self.filled), dict(self._extras[layer])
         blocks = list(self._blocks(self._staged[layer]))
         for block in blocks:
-            result = self.absorb(layer, Joined(slots, self._encode(block)), block.k.shape[2], block, extras)
+            result = self.absorb(layer, Joined(slots, self.encode(block)), block.k.shape[2], block, extras)
             if isinstance(result, Change):
                 if len(blocks) == 1 and result.arrivals_stay:
                     return Edit(result, self._buffers[layer], scratch), extras
@@ -301,7 +313,7 @@ class SlotPolicy(CachePolicy):
             q_raw, k_raw, k, v = (x[:, :, part] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
             yield Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions[part])
 
-    def _encode(self, staged: Staged) -> Slots:
+    def encode(self, staged: Staged) -> Slots:
         """Newly arrived tokens as slots."""
         shape = (*self.metadata_shape(), staged.k.shape[2])
         position = pack_positions(staged.positions).expand(shape)
@@ -313,7 +325,7 @@ class SlotPolicy(CachePolicy):
         spec = self.spec
         zero = torch.zeros(spec.batch, spec.num_heads, 1, spec.head_dim, device=spec.device)
         positions = torch.zeros(1, 3, dtype=torch.long, device=spec.device)
-        return self._encode(Staged(zero, zero, zero, zero, positions))
+        return self.encode(Staged(zero, zero, zero, zero, positions))
 
     def _take_in(self, prepared: Prepared) -> int:
         """Make what a commit computed the current state of all layers; the number of slots now filled."""
@@ -323,20 +335,36 @@ class SlotPolicy(CachePolicy):
     def _store(self, layers: Prepared) -> None:
         """Put slots and extras in place of the current ones. Buffers that suffice are kept, at their address."""
         self._reserve(layers[0][0].size, keep=0)
-        for layer, (result, extras) in enumerate(layers):
+        together = self.spec.num_layers // len(layers)
+        for number, (result, extras) in enumerate(layers):
+            of_these = range(number * together, (number + 1) * together)
+            buffer = self._part(of_these)
             if isinstance(result, Edit):
-                result.apply(self._buffers[layer])
+                result.apply(buffer)
             else:
-                self._buffers[layer].write(0, result)
-            self._extras[layer] = extras
+                buffer.write(0, result)
+            for name, tensor in extras.items():
+                for layer, new in zip(of_these, tensor.chunk(together), strict=True):
+                    self._extras[layer][name].copy_(new)
+
+    def _part(self, layers: range) -> Slots:
+        """The slots of neighbouring layers as one, sharing memory."""
+        total = self.spec.num_layers
+        parts = {name: tensor.unflatten(0, (total, -1)) for name, tensor in self._all.fields.items()}
+        return Slots({name: x[layers.start : layers.stop].flatten(0, 1) for name, x in parts.items()})
+
+    def _hold(self, empty: Slots, size: int) -> None:
+        """Have new buffers of `size` slots, of the kind of a layer's slots `empty`."""
+        self._all = empty.empty(size, copies=self.spec.num_layers)
+        self._buffers = [self._part(range(layer, layer + 1)) for layer in range(self.spec.num_layers)]
 
     def _reserve(self, size: int, keep: int) -> None:
         """Have room for `size` slots in all layers; a growing buffer doubles and takes its first `keep` slots along."""
-        if size > self._buffers[0].size:
-            grown = [buffer.empty(max(size, 2 * buffer.size)) for buffer in self._buffers]
-            for new, old in zip(grown, self._buffers, strict=True):
-                new.write(0, old.narrow(0, keep))
-            self._buffers = grown
+        if size > self._all.size:
+            old = self._buffers
+            self._hold(old[0], max(size, 2 * self._all.size))
+            for new, before in zip(self._buffers, old, strict=True):
+                new.write(0, before.narrow(0, keep))
 
     def _log_count(self, slots: Slots) -> Tensor | None:
         return None
