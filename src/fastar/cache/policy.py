@@ -34,15 +34,16 @@ class SlotOptions(TypedDict, total=False):
 
 
 Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
-"""By layer: slots, or what is to be done to them in place, and extras after a commit that has not happened yet."""
+"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place, and
+extras after a commit that has not happened yet, those of several layers one after the other."""
 
 
 class SlotPolicy(CachePolicy):
     """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
 
     A layer's slots live in one buffer, at one address. A commit first works out what is to be done to all layers
-    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing). Where the
-    slots are as attention wants them, it reads them in that buffer, with the current chunk behind them (`room`).
+    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing). Where
+    the slots are as attention wants them, it reads them there, with the current chunk behind them (`room`).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
 
@@ -88,6 +89,10 @@ class SlotPolicy(CachePolicy):
         """Slots a layer and head may hold; None if unbounded."""
         return None
 
+    def spare_slots(self) -> int:
+        """Room behind a layer's slots, for arrivals that pass through it in a commit."""
+        return 0
+
     def verbatim_slots(self) -> int:
         """How many of the newest slots stay as they came once the cache is full."""
         return 0
@@ -113,6 +118,10 @@ class SlotPolicy(CachePolicy):
     def follow(self, lineage: Lineage | PartOfHeads) -> None:
         self._lineage = lineage
 
+    def is_followed(self) -> bool:
+        """Whether `note_merges` tells anyone."""
+        return self._lineage is not None
+
     # -- the life of a cache -------------------------------------------------------------------------------------
 
     def bind(self, spec: CacheSpec) -> None:
@@ -128,8 +137,9 @@ class SlotPolicy(CachePolicy):
         self._buffers = SlotBuffers(
             self._encode_empty(),
             layers=spec.num_layers,
-            size=capacity or 0,
+            size=(capacity or 0) + self.spare_slots(),
             key_width=spec.key_width if self._read_in_place else None,
+            together=capacity is not None,
         )
         self._extras = [self.new_extras() for _ in range(spec.num_layers)]
 
@@ -280,8 +290,7 @@ class SlotPolicy(CachePolicy):
 
     @torch.no_grad()
     def _compute(self) -> Prepared:
-        scratch = Scratch()
-        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+        return self._commit_layers(Scratch())
 
     def _advance(self, filled: int, first_frame: int, num_frames: int) -> None:
         """Count frames that have been taken in, which left `filled` slots."""
@@ -323,11 +332,14 @@ class SlotPolicy(CachePolicy):
                     f"and rows and columns must stay below {MAX_SIDE}"
                 )
 
+    def _commit_layers(self, scratch: Scratch) -> Prepared:
+        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+
     def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
         slots, extras = self._buffers[layer].narrow(0, self.filled), dict(self._extras[layer])
         blocks = list(self._blocks(self._staged[layer]))
         for block in blocks:
-            result = self.absorb(layer, Joined(slots, self._encode(block)), block.k.shape[2], block, extras)
+            result = self.absorb(layer, Joined(slots, self.encode(block)), block.k.shape[2], block, extras)
             if isinstance(result, Change):
                 if len(blocks) == 1 and result.arrivals_stay:
                     return Edit(result, self._buffers[layer], scratch), extras
@@ -343,7 +355,7 @@ class SlotPolicy(CachePolicy):
             q_raw, k_raw, k, v = (x[:, :, part] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
             yield Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions[part])
 
-    def _encode(self, staged: Staged) -> Slots:
+    def encode(self, staged: Staged) -> Slots:
         """Newly arrived tokens as slots."""
         shape = (*self.metadata_shape(), staged.k.shape[2])
         position = pack_positions(staged.positions).expand(shape)
@@ -355,7 +367,7 @@ class SlotPolicy(CachePolicy):
         spec = self.spec
         zero = torch.zeros(spec.batch, spec.num_heads, 1, spec.head_dim, device=spec.device)
         positions = torch.zeros(1, 3, dtype=torch.long, device=spec.device)
-        return self._encode(Staged(zero, zero, zero, zero, positions))
+        return self.encode(Staged(zero, zero, zero, zero, positions))
 
     @torch.no_grad()
     def _take_in(self, prepared: Prepared) -> int:
@@ -366,19 +378,22 @@ class SlotPolicy(CachePolicy):
     def _store(self, layers: Prepared) -> None:
         """Put slots and extras in place of the current ones. Buffers that suffice are kept, at their address."""
         self._reserve(layers[0][0].size, keep=0)
-        for layer, (result, extras) in enumerate(layers):
+        together = self.spec.num_layers // len(layers)
+        for number, (result, extras) in enumerate(layers):
+            of_these = range(number * together, (number + 1) * together)
+            buffer = self._buffers.part(of_these)
             if isinstance(result, Edit):
-                result.apply(self._buffers[layer])
+                result.apply(buffer)
             else:
-                self._buffers[layer].write(0, result)
-            for name, kept in self._extras[
-                layer
-            ].items():  # at their addresses, as a captured commit reads them there
-                kept.copy_(extras[name])
+                buffer.write(0, result)
+            for name, tensor in extras.items():  # at their addresses, where a captured commit reads them
+                for layer, new in zip(of_these, tensor.chunk(together), strict=True):
+                    self._extras[layer][name].copy_(new)
 
     def _reserve(self, size: int, keep: int) -> None:
         """Have room for `size` slots in all layers; a growing buffer takes its first `keep` slots along."""
         self._buffers.reserve(size, keep, double=self.capacity_slots() is None)
+
 
     def _log_count(self, slots: Slots) -> Tensor | None:
         return None
