@@ -53,7 +53,7 @@ class FusedSlots:
         value_weight: float,
         projection: Tensor | None,
     ) -> FusedSlots:
-        """Of slots [B, H, M, D] whose rows lie next to one another, and a factor [N, D, D] of the queries' moment.
+        """Of slots [B, H, M, D], heads as far apart as batch / heads says, and a factor [N, D, D] of the queries' moment.
 
         projection: [2 D, W], or None to search by the features themselves.
         """
@@ -75,7 +75,7 @@ class FusedSlots:
         block = 64
         kernels().features[(_blocks(size, block), batch * heads)](
             key, value, key_mean, value_mean, factor, scale, searched if projection is None else projection,
-            features, searched, offset, size, key.stride(1),
+            features, searched, offset, size, key.stride(1), key.stride(2), value.stride(1), value.stride(2),
             D=width, WIDTH=_padded(width), W=searched.shape[2] if projection is not None else 16, BLOCK=block,
             PROJECT=projection is not None, UPCAST=interpreted(), num_warps=8,
         )  # fmt: skip
@@ -277,7 +277,7 @@ class Runs:
         totals = count.clone() if total else count
         runs = 4
         kernels().fold[(_blocks(moved, runs), len(x))](
-            x, count, self.order, self.target, totals, moved, x.stride(0), count.stride(0), FIRST=first,
+            x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
             F=width, WIDTH=_padded(width - first), RUNS=runs, STEP=4, TOTAL=total, num_warps=4,
         )  # fmt: skip
         return totals
