@@ -13,7 +13,7 @@ from fastar.attention.place import place
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.backbones.wan.config import WanConfig
 from fastar.backbones.wan.launch import quantise, residual_norm, rms_norm_
-from fastar.backbones.wan.linears import Linear
+from fastar.backbones.wan.linears import Linear, Linears
 from fastar.benchmark.timing import timed
 
 
@@ -31,6 +31,7 @@ def benchmark_elementwise(
     frames: int,
     grid: tuple[int, int],
     key_width: int,
+    linears: Linears,
     device: torch.device,
     dtype: torch.dtype,
     repeats: int = 7,
@@ -39,9 +40,9 @@ def benchmark_elementwise(
 
     Inputs come from memory, where in a pass a kernel finds some of its own in the L2 cache. Keys are placed `key_width`
     numbers wide. Two rows are of the first product of the feed-forward, with the GELU in it and without; they tell what
-    that costs and have no gb_per_s. 8-bit rows are part of a pass with 8-bit linears only.
+    that costs and have no gb_per_s. What quantises is there if `linears` are fp8.
     """
-    for kernel in _kernels(config, frames, grid, key_width, device, dtype):
+    for kernel in _kernels(config, frames, grid, key_width, linears, device, dtype):
         ms = 1e3 * timed(kernel.run, device=device, repeats=repeats).median
         moved = kernel.numbers * frames * grid[0] * grid[1] * config.dim * dtype.itemsize
         yield {
@@ -58,6 +59,7 @@ def _kernels(
     frames: int,
     grid: tuple[int, int],
     key_width: int,
+    linears: Linears,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[_Kernel]:
@@ -91,11 +93,11 @@ def _kernels(
     yield _Kernel(
         f"place, {key_width} wide", layers, numbers, lambda: place(q, k, v, turns, outs[0], outs[1], outs[2])
     )
-    hidden, eighth = draw(tokens, config.ffn_dim), 1 + 1 / dtype.itemsize
-    yield _Kernel("8 bits of o's input", layers * (1 + reads), eighth, lambda: quantise(x))
-    yield _Kernel(
-        "GELU and 8 bits", layers, eighth * config.ffn_dim / dim, lambda: quantise(hidden, gelu=True)
-    )
+    if linears == Linears.FP8:
+        hidden, eighth = draw(tokens, config.ffn_dim), 1 + 1 / dtype.itemsize
+        yield _Kernel("8 bits of o's input", layers * (1 + reads), eighth, lambda: quantise(x))
+        numbers = eighth * config.ffn_dim / dim
+        yield _Kernel("GELU and 8 bits", layers, numbers, lambda: quantise(hidden, gelu=True))
     up = Linear(draw(config.ffn_dim, dim) / dim**0.5, draw(config.ffn_dim))
     yield _Kernel("feed-forward up", layers, 0, lambda: up(x))
     yield _Kernel("feed-forward up, with GELU", layers, 0, lambda: up.hidden(x))

@@ -215,7 +215,8 @@ def main() -> None:
     if given.fp8:
         executions.append(Execution(fused=True, linears=Linears.FP8))
     rows = list(benchmark(config, executions=executions, **options))
-    kernels = list(benchmark_elementwise(config, key_width=augmented_width(config.head_dim, 16), **options))
+    linears, key_width = executions[-1].linears, augmented_width(config.head_dim, 16)
+    kernels = list(benchmark_elementwise(config, key_width=key_width, linears=linears, **options))
     card = {"config": given.backbone, "device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
         card["device"] = torch.cuda.get_device_name(device)
