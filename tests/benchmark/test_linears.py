@@ -12,7 +12,7 @@ from fastar.attention.context import Stream
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.fused import Execution, fuse
 from fastar.backbones.wan.linears import Linears, multiplies_fp8
-from fastar.benchmark.elementwise import benchmark_elementwise
+from fastar.benchmark.elementwise import kernels_of, timed_kernels
 from fastar.benchmark.linears import benchmark, products, velocity_error
 
 pytest.importorskip("triton")
@@ -70,15 +70,11 @@ def test_products_and_passes_are_timed() -> None:
 
 def test_kernels_are_timed(device: torch.device) -> None:
     linears = Linears.FP8 if device.type == "cpu" or multiplies_fp8(device) else Linears.MODEL
-    rows = list(
-        benchmark_elementwise(
-            TINY, frames=1, grid=GRID, key_width=32, linears=linears,
-            device=device, dtype=torch.bfloat16, repeats=1,
-        )
-    )  # fmt: skip
-    assert len(rows) == 6 + 2 * (linears == Linears.FP8) and all(
-        row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows
-    )
+    sizes = {"frames": 1, "grid": GRID, "key_width": 32, "linears": linears, "dtype": torch.bfloat16}
+    kernels = kernels_of(TINY, **sizes, device=device)  # type: ignore[arg-type]
+    rows = list(timed_kernels(kernels, device=device, repeats=1))
+    assert len(rows) == 6 + 2 * (linears == Linears.FP8)
+    assert all(row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows)
     calls = {row["what"]: row["calls"] for row in rows}
     assert calls["residual and norm"] == 6 and calls["place, 32 wide"] == 2
 
