@@ -202,7 +202,7 @@ def test_refusals() -> None:
 
 def test_without_a_gpu_fused_execution_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = CausalWanTransformer(TINY)
-    monkeypatch.setattr("fastar.ann.launch.interpreted", lambda: False)
+    monkeypatch.setattr("fastar.backbones.wan.launch.interpreted", lambda: False)
     with pytest.raises(ValueError, match="runs on a GPU, not on cpu"):
         fuse(model)
     monkeypatch.setattr("fastar.backbones.wan.launch.find_spec", lambda name: None)

@@ -15,7 +15,7 @@ _ROWS = 16  # tokens of a head a program
 
 @dataclass(frozen=True)
 class Placement:
-    """A pass's q and k [B, H, L, D], to be turned by `tables` and written to q_out and k_out, and v, as it is, to v_out.
+    """Queries and keys [B, H, L, D] to be turned by `tables` and written to q_out and k_out; v goes to v_out as it is.
 
     Inputs are views with any strides, `tables` a cosine and a sine [L, D/2] (`RotaryEmbedding.tables`). Outputs
     [B, H, L, W] are views, too, such as a stretch of the working keys, with numbers of a row side by side. Where W
@@ -37,12 +37,12 @@ class Placement:
     def __post_init__(self) -> None:
         shape, width = self.q.shape, self.q.shape[-1]
         alike, wide = (self.k, self.v, self.v_out), {"q_out": self.q_out, "k_out": self.k_out}
-        if any(x.shape != shape for x in alike) or any(
-            t.shape != (shape[2], width // 2) for t in self.tables
-        ):
+        tables = [t.shape for t in self.tables]
+        if any(x.shape != shape for x in alike) or any(t != (shape[2], width // 2) for t in tables):
+            shapes = ", ".join(str(tuple(s)) for s in (shape, *(x.shape for x in alike), *tables))
             raise ValueError(
-                f"a placement needs q, k, v and v_out of one shape [B, H, L, D] and tables [L, D/2], got "
-                f"{tuple(shape)}, {', '.join(str(tuple(x.shape)) for x in alike)} and {[tuple(t.shape) for t in self.tables]}."
+                "a placement needs q, k, v and v_out of one shape [B, H, L, D] and two tables [L, D/2], got "
+                f"{shapes}."
             )
         for name, out in wide.items():
             if out.shape[:3] != shape[:3] or not (out.shape[3] == width or out.shape[3] >= width + EXTRA):
