@@ -52,7 +52,7 @@ def test_an_engine_that_ignores_an_argument_shows(ignored: str, monkeypatch: pyt
     original = engines.get
     wrong = engines.Engine(name="wrong", run=careless)
     monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
-    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, *_: name)
     touched = "biased" if ignored == "log_count" else "sparse"
     for row in rows(["wrong"], kept=False):
         assert (row["error"] > 0.05) == (touched in row["kind"]), row["kind"]
@@ -66,7 +66,7 @@ def test_an_engine_that_takes_the_scale_of_the_wider_head_shows(monkeypatch: pyt
 
     original, wrong = engines.get, engines.Engine(name="wrong", run=careless)
     monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
-    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, *_: name)
     for row in rows(["wrong"]):
         assert (row["error"] > 0.03) == ("biased" in row["kind"]), row["kind"]
 
@@ -77,7 +77,7 @@ def test_what_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatc
 
     original, broken = engines.get, engines.Engine(name="broken", run=fails, takes_plan=False)
     monkeypatch.setattr("fastar.engines.get", lambda name: broken if name == "broken" else original(name))
-    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, *_: name)
     reasons = [row["reason"] for row in rows(["broken"])]
     assert reasons == ["out of memory"] * 2 + ["it takes no block plan"] * 2
     assert all(row["ms"] is None and row["of_dense"] is None for row in rows(["broken"]))
