@@ -35,7 +35,8 @@ class AttentionState:
         cache: policy that keeps the past of the self stream; bound here, so one instance serves one rollout.
         self_selector: which pairs of the self stream are computed.
         cross_selector: which text tokens are kept.
-        engine: name of an attention engine, or `auto` (chosen once, see `self.engine`).
+        engine: name of an attention engine, or `auto` (chosen once, see `self.engine`; `self.passed_over` says why not
+            one that is known to be faster).
         rope, grid: the backbone's rotary embedding and tokens per frame (rows, columns).
         num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the calls to come.
         recorders: see every attention call.
@@ -64,7 +65,12 @@ class AttentionState:
         self.cache, self.self_selector, self.cross_selector = cache, self_selector, cross_selector
         self.text = TextStream(cross_selector)
         self.tags = tags_for(self_selector, cross_selector, grid)
-        self.engine = engines.resolve(engine, device)
+        calls = engines.example_call(
+            dtype=compute_dtype, head_dim=head_dim, device=device,
+            blocks=self_selector.blocks, tags=self_selector.tags_in_blocks,
+        )  # fmt: skip
+        self.engine = engines.resolve(engine, device, calls)
+        self.passed_over = engines.choose(device, calls)[1] if engine == "auto" else {}
         self.rope, self.grid, self.recorders = rope, grid, list(recorders)
         self.actions = actions
         if self.tags is not None:

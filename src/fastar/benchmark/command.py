@@ -62,6 +62,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         benchmark(
             names, list(config.keys_per_call), list(config.densities), geometry,
             device=device, dtype=dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
+            packed_bits=list(config.packed_bits),
         )
     )  # fmt: skip
     for row in rows:
