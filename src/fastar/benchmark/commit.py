@@ -6,6 +6,7 @@ about a mean that all share, with a decaying spectrum). Their redundancy is made
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from fastar.cache.change import Scratch
 from fastar.cache.fused import choose, match
 from fastar.cache.fused_commit import kept, observed, plan, slots_of
 from fastar.cache.tempcache import TempCache
+
+FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.125, "rounds": 1}  # conf/cache/tempcache_fast.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,3 +164,20 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
             total()
         seconds["graph"] = timed(graph.replay, device=device, repeats=repeats).median
     return seconds
+
+
+def main() -> None:
+    """Budgets of 3 to 18 latent frames, with the default and the fast setting: one line of JSON each.
+
+    python -m fastar.benchmark.commit
+    """
+    device, geometry = torch.device("cuda"), CommitGeometry()
+    settings: dict[str, dict[str, Any]] = {"default": {}, "fast": dict(FAST)}
+    for name, options in settings.items():
+        for row in commit_rows([3, 6, 12, 18], options, geometry, device=device, repeats=5):
+            peak = torch.cuda.max_memory_allocated(device) / 2**30
+            print(json.dumps({"setting": name, **row, "peak_gib": peak}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

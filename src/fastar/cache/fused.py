@@ -25,6 +25,7 @@ from fastar.ann.launch import check_device, interpreted, nearest_allowed
 from fastar.cache.merge import Weighting, rows_of
 
 _SPAN = 2048  # slots that one program sums
+_BLOCK = 4096  # slots that one program looks at at a time
 
 
 @dataclass
@@ -180,7 +181,7 @@ def choose(
             _, cost = cheaper_partner(slots, partner, None, weighting)
     assert root is not None
     if rounds > 1:
-        runs = Runs.of(lowest((gone == 0).float(), surplus)[1], root)
+        runs = Runs.of(places(gone, surplus, wanted=True), root)
     return root, gone, partner, runs
 
 
@@ -242,9 +243,19 @@ def lowest(cost: Tensor, number: int, gone: Tensor | None = None) -> tuple[Tenso
     rows = torch.empty(problems, number, dtype=torch.int32, device=cost.device)
     kernels().lowest[(problems,)](
         cost.contiguous(), _or(gone, chosen), chosen, rows, size, number,
-        BLOCK=min(8192, _padded(size)), GONE=gone is not None, num_warps=16,
+        BLOCK=min(_BLOCK, _padded(size)), GONE=gone is not None, num_warps=16,
     )  # fmt: skip
     return chosen, rows
+
+
+def places(flags: Tensor, number: int, *, wanted: bool) -> Tensor:
+    """Where flags uint8 [N, M] are 1 (0, if not `wanted`), `number` in each row: int32 [N, number], ascending."""
+    problems, size = flags.shape
+    rows = torch.empty(problems, number, dtype=torch.int32, device=flags.device)
+    kernels().places[(problems,)](
+        flags, rows, size, number, BLOCK=min(_BLOCK, _padded(size)), WANTED=int(wanted), num_warps=16
+    )
+    return rows
 
 
 def find_roots(chosen: Tensor, partner: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from fastar.cache.fused import (
     FusedSlots,
     Runs,
     choose,
-    lowest,
     match,
     moment_factors,
     moments,
+    places,
     projection_of,
     renew,
 )
@@ -164,7 +164,7 @@ def kept(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The slots that stay, int32 [N, K] ascending, and their counts and partners, these by the new numbers."""
     size = gone.shape[1]
-    keep = lowest(gone.float(), size - surplus)[1]
+    keep = places(gone, size - surplus, wanted=False)
     wide = keep.long()
     partner = partner.gather(1, wide)
     renewed = min(int(policy.refresh * arrived), size - surplus)

@@ -250,6 +250,21 @@ def lowest(cost, gone, chosen, rows, size, number, BLOCK: tl.constexpr, GONE: tl
         equals += tl.sum(equal, 0)
 
 
+@triton.jit(do_not_specialize=["size", "number"])
+def places(flags, rows, size, number, BLOCK: tl.constexpr, WANTED: tl.constexpr):
+    """rows int32 [N, R], ascending: where `flags` uint8 [N, M] are 1 if WANTED, else 0; there are `number` of them."""
+    problem = tl.program_id(0).to(tl.int64)
+    flags += problem * size
+    rows += problem * number
+    before = tl.zeros([1], tl.int32)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        take = (tl.load(flags + at, mask=at < size, other=1 - WANTED) != 0).to(tl.int32) == WANTED
+        place = tl.cumsum(take.to(tl.int32), 0) + before - 1
+        tl.store(rows + place, at, mask=take & (at < size))
+        before += tl.sum(take.to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["size"])
 def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
     """root int32 [N, M]: where the chain of merges that starts at each slot ends.

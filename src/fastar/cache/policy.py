@@ -40,8 +40,9 @@ extras after a commit that has not happened yet, those of several layers one aft
 class SlotPolicy(CachePolicy):
     """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
 
-    A layer's slots live in one buffer, at one address, next to those of the other layers. A commit first works out what is to be done to all layers
-    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing).
+    A layer's slots live in one buffer, at one address, next to those of the other layers. A commit first works out what
+    is to be done to all layers (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which
+    allocates nothing).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
 
