@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one_round": {"rounds": 1, "weighting": "ward"},
     "regions": {"sink_frames": 1, "recent_frames": 1, "weighting": "older"},
     "all_recent": {"recent_share": 0.0, "refresh": 0.0},
+    "narrow": {"match_width": 16},
     "no_value": {"value_weight": 0.0, "weighting": "none", "rounds": 3},
 }
 

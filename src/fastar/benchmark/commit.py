@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastar.ann.launch import Tile, nearest_allowed
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.benchmark.timing import timed
 from fastar.cache.base import CacheSpec, Staged
@@ -166,6 +167,29 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     return seconds
 
 
+def tile_rows(
+    widths: Sequence[int],
+    tiles: Sequence[Tile],
+    geometry: CommitGeometry,
+    *,
+    device: torch.device,
+    repeats: int = 7,
+) -> Iterator[dict[str, Any]]:
+    """Rows width, tile, ms, tflops of the search of a commit: a chunk's tokens of all layers against another chunk's."""
+    tokens = geometry.chunk_frames * geometry.grid[0] * geometry.grid[1]
+    problems = geometry.layers * geometry.heads
+    for width in widths:
+        queries, keys = torch.randn(2, problems, tokens, width, device=device).bfloat16()
+        offset = -0.5 * keys.float().square().sum(-1)
+        for tile in tiles:
+            seconds = timed(
+                lambda tile=tile: nearest_allowed(queries, keys, offset, None, tile),  # noqa: B023
+                device=device, repeats=repeats,
+            ).median  # fmt: skip
+            flops = 2 * problems * tokens**2 * width
+            yield {"width": width, "tile": str(tile), "ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
+
+
 def main() -> None:
     """Budgets of 3 to 18 latent frames, with the default and the fast setting: one line of JSON each.
 
@@ -177,6 +201,12 @@ def main() -> None:
         for row in commit_rows([3, 6, 12, 18], options, geometry, device=device, repeats=5):
             peak = torch.cuda.max_memory_allocated(device) / 2**30
             print(json.dumps({"setting": name, **row, "peak_gib": peak}), flush=True)  # noqa: T201
+    tiles = [
+        Tile(queries, keys, 256, warps, 3) for queries, keys, warps in
+        ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 128, 8))
+    ]  # fmt: skip
+    for row in tile_rows([64, 128, 256], tiles, geometry, device=device, repeats=5):
+        print(json.dumps(row), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The plan of a TempCache commit for all layers at once, by the kernels of `fastar.cache.kernels`.
 
-The same steps as `fastar.cache.allocation` and `fastar.cache.middle`, which define them. What differs is how numbers are
-held: features about their mean, in the dtype of the slots (bfloat16), made by one pass over these; distances are those of
-such features. Legend as there; N problems are layers x batch x heads, indices int32.
+The same steps as `fastar.cache.allocation` and `fastar.cache.middle`, which define them. What differs is how numbers
+are held: features about their mean, in the dtype of the slots (bfloat16), made by one pass over these; distances are
+those of such features. Legend as there; N problems are layers x batch x heads, indices int32.
 
 The floor, for a layer of Wan2.1-1.3B on an H100 (12 heads of 128, 9,360 slots of which 4,680 entered; 3 TB/s):
 features 58 MB in, 58 MB out, 40 us; partners 175 GFLOP of 256 features, 0.35 ms at 500 TFLOP/s, a quarter with 64
@@ -13,14 +13,12 @@ numbers (`match_width`); costs three rows a slot, 140 MB from L2 or 50 us from m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastar.ann.base import seeded_normal
 from fastar.ann.launch import check_device, interpreted, nearest_allowed
 from fastar.cache.merge import Weighting, rows_of
 
@@ -83,18 +81,6 @@ class FusedSlots:
         return cls(features, searched, offset, count)
 
 
-def projection_of(seed: int, width: int, to: int, device: torch.device) -> Tensor:
-    """`to` random orthonormal directions of `width`, float32 [width, to]; the last few are kept."""
-    return _projection(seed, width, to, device)
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # for callers of either mode
-def _projection(seed: int, width: int, to: int, device: torch.device) -> Tensor:
-    plane = seeded_normal(seed, width, to, like=torch.empty(0, dtype=torch.float64))
-    return torch.linalg.qr(plane).Q.float().to(device)
-
-
 def moments(
     x: Tensor, *, full: bool = True, turns: tuple[Tensor, Tensor] | None = None, span: int = _SPAN
 ) -> tuple[Tensor, Tensor]:
@@ -132,19 +118,19 @@ def moment_factors(moment: Tensor) -> Tensor:
 def match(
     slots: FusedSlots, partner: Tensor, known: int, frame: int, weighting: Weighting
 ) -> tuple[Tensor, Tensor]:
-    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in one search over all that entered."""
+    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in two searches, of old slots and of new ones."""
     size, entered = partner.shape[1], partner.shape[1] - known
     partner = torch.where(partner < known, partner, -1)
-    asking = size - frame  # the newest frame has nothing newer
     found = torch.full_like(partner, -1)
-    if asking > 0:
-        late = torch.arange(asking, device=partner.device, dtype=torch.int32) - known
-        high = torch.where(late < 0, 0, (late // frame + 1) * frame)[None]
-        index = nearest_allowed(
-            slots.searched[:, :asking], slots.searched[:, known:], slots.offset[:, known:], _upto(high)
-        )
-        found[:, :asking] = torch.where(index < 0, -1, index + known)
-    assert entered >= frame
+    keys, offset = slots.searched[:, known:], slots.offset[:, known:]
+    if known:
+        index = nearest_allowed(slots.searched[:, :known], keys, offset, None)
+        found[:, :known] = torch.where(index < 0, -1, index + known)
+    if entered > frame:  # the newest frame has nothing newer
+        late = torch.arange(entered - frame, device=partner.device, dtype=torch.int32)
+        own = _upto((late // frame + 1) * frame)
+        index = nearest_allowed(slots.searched[:, known : size - frame], keys, offset, own)
+        found[:, known : size - frame] = torch.where(index < 0, -1, index + known)
     return cheaper_partner(slots, partner, found, weighting)
 
 
@@ -295,7 +281,8 @@ class Runs:
 
 
 def _upto(high: Tensor) -> Tensor:
-    """Keys before `high` int32 [N or 1, n] are excluded."""
+    """Keys before `high` int32 [N, n] or [n] are excluded."""
+    high = high if high.dim() == 2 else high[None]
     return torch.stack([torch.zeros_like(high), high])
 
 

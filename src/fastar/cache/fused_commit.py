@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastar.ann.similarity import random_directions
 from fastar.cache.base import Staged
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.fused import (
@@ -23,7 +24,6 @@ from fastar.cache.fused import (
     moment_factors,
     moments,
     places,
-    projection_of,
     renew,
 )
 from fastar.cache.moments import expand_moment, pack_moment
@@ -147,7 +147,7 @@ def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
     width, device = policy.spec.head_dim, moment.device
     projection = None
     if policy.match_width is not None:
-        projection = projection_of(0, 2 * width, policy.match_width, device)
+        projection = random_directions(0, 2 * width, policy.match_width, device)
     factor = moment_factors(expand_moment(moment, "full", width).flatten(0, 1))
     count = inside["count"].float().flatten(0, 1)
     return FusedSlots.of(inside["key"], inside["value"], count, factor, policy.value_weight, projection)

@@ -1,9 +1,9 @@
 """Triton kernels of a TempCache commit: all layers at once, nothing written twice, no atomics.
 
-Legend: N problems (layers x batch x heads), M slots of each that may merge, R of them rows, D numbers of a key or value,
-F of a feature vector, W of what the search compares. Slots and features lie `..._stride` numbers apart from problem to
-problem, rows next to one another. Which program adds what, and in which order, follows from the indices alone, so that
-the same input gives the same bits.
+Legend: N problems (layers x batch x heads), M slots of each that may merge, R of them rows, D numbers of a key or
+value, F of a feature vector, W of what the search compares. Slots and features lie `..._stride` numbers apart from
+problem to problem, rows next to one another. Which program adds what, and in which order, follows from the indices
+alone, so that the same input gives the same bits.
 """
 
 # Triton gives annotations a meaning of its own:
@@ -27,7 +27,9 @@ def moments(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     FULL: tl.constexpr, ROTATE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads: sums [N, P, D], squares [N, P, D, D] or, if not FULL, [N, P, D].
+    """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads.
+
+    sums [N, P, D]; squares [N, P, D, D] or, if not FULL, [N, P, D].
 
     ROTATE: rows are turned first, adjacent pairs by the angles whose cosine and sine are [rows, D / 2], and rounded to
     the dtype of x.

@@ -33,8 +33,8 @@ class SlotOptions(TypedDict, total=False):
 
 
 Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
-"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place, and
-extras after a commit that has not happened yet, those of several layers one after the other."""
+"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place,
+and extras after a commit that has not happened yet, those of several layers one after the other."""
 
 
 class SlotPolicy(CachePolicy):
