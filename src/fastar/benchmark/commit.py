@@ -175,7 +175,7 @@ def tile_rows(
     device: torch.device,
     repeats: int = 7,
 ) -> Iterator[dict[str, Any]]:
-    """Rows width, tile, ms, tflops of the search of a commit: a chunk's tokens of all layers against another chunk's."""
+    """Rows width, tile, ms, tflops of a commit's search: a chunk's tokens of all layers against another's."""
     tokens = geometry.chunk_frames * geometry.grid[0] * geometry.grid[1]
     problems = geometry.layers * geometry.heads
     for width in widths:
