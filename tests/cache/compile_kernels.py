@@ -38,7 +38,7 @@ def compiled(kernel, warps: int, numbers: dict[str, str], **constants):  # type:
 
 def main() -> None:
     """All kernels, in bfloat16 at Wan's head of 128."""
-    bf16, key = "*bf16", {"D": 128, "WIDTH": 128, "UPCAST": False}
+    bf16, key = "*bf16", {"D": 128, "WIDTH": 128, "PRECISION": "tf32", "UPCAST": False}
     for rotate, full, wanted in ((True, True, "wgmma.*bf16"), (False, False, "ld.global")):
         numbers = {"x": bf16, "rows": "i32"}
         result = compiled(kernels.moments, 8, numbers, BLOCK=64, ROTATE=rotate, FULL=full, **key)

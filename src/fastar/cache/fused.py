@@ -76,7 +76,7 @@ class FusedSlots:
             key, value, key_mean, value_mean, factor, scale, searched if projection is None else projection,
             features, searched, offset, size, key.stride(1),
             D=width, WIDTH=_padded(width), W=searched.shape[2] if projection is not None else 16, BLOCK=block,
-            PROJECT=projection is not None, UPCAST=interpreted(), num_warps=8,
+            PROJECT=projection is not None, UPCAST=interpreted(), PRECISION=_precision(key), num_warps=8,
         )  # fmt: skip
         return cls(features, searched, offset, count)
 
@@ -98,7 +98,7 @@ def moments(
     kernels().moments[(parts, batch * heads)](
         x, cosine, sine, sums, squares, size, span, heads, *x.stride()[:3],
         D=width, WIDTH=_padded(width), BLOCK=64,
-        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), num_warps=8,
+        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8,
     )  # fmt: skip
     return sums.sum(1), squares.sum(1)
 
@@ -289,6 +289,11 @@ def _upto(high: Tensor) -> Tensor:
 def _or(given: Tensor | None, unused: Tensor) -> Tensor:
     """A kernel's argument that it does not read must still be a tensor."""
     return unused if given is None else given.contiguous()
+
+
+def _precision(slots: Tensor) -> str:
+    """Of products with slots: float32 ones are for tests of exactness."""
+    return "ieee" if slots.dtype == torch.float32 else "tf32"
 
 
 def _blocks(count: int, size: int) -> int:

@@ -14,18 +14,18 @@ import triton.language as tl
 
 
 @triton.jit
-def product(a, b, UPCAST: tl.constexpr):
+def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """a @ b with float32 sums; UPCAST: multiply in float32, as the interpreter cannot multiply bfloat16."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="tf32")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "span", "heads"])
 def moments(
     x, cosine, sine, sums, squares, rows, span, heads, batch_stride, head_stride, row_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr, ROTATE: tl.constexpr, UPCAST: tl.constexpr,
+    FULL: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads.
 
@@ -58,7 +58,7 @@ def moments(
         wide = tile.to(tl.float32)
         total += tl.sum(wide, 0)
         if FULL:
-            second += product(tl.trans(tile), tile, UPCAST)
+            second += product(tl.trans(tile), tile, PRECISION, UPCAST)
         else:
             second += tl.sum(wide * wide, 0)
     out = problem * tl.num_programs(0) + part
@@ -100,7 +100,7 @@ def cholesky(moment, factor, D: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.con
 def features(
     key, value, key_mean, value_mean, factor, value_scale, projection, out, searched, offset, size, slot_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    PROJECT: tl.constexpr, UPCAST: tl.constexpr,
+    PROJECT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [N, M, 2 D] = [(key - mean) factor; (value - mean) value_scale] of slots key, value [N, M, D].
 
@@ -117,7 +117,7 @@ def features(
     root = tl.load(factor + problem * D * D + column[:, None] * D + column[None, :], mask=square, other=0)
     mean = tl.load(key_mean + problem * D + column, mask=used, other=0)
     keys = tl.load(key + at, mask=mask, other=0).to(tl.float32) - mean[None, :]
-    keys = product(tl.where(mask, keys, 0), root, UPCAST).to(out.dtype.element_ty)
+    keys = product(tl.where(mask, keys, 0), root, PRECISION, UPCAST).to(out.dtype.element_ty)
     mean = tl.load(value_mean + problem * D + column, mask=used, other=0)
     values = (tl.load(value + at, mask=mask, other=0).to(tl.float32) - mean[None, :]) * tl.load(
         value_scale + problem
@@ -131,7 +131,7 @@ def features(
         at = column[:, None] * W + few[None, :]
         upper = tl.load(projection + at, mask=used[:, None], other=0)
         lower = tl.load(projection + D * W + at, mask=used[:, None], other=0)
-        seen = product(keys, upper, UPCAST) + product(values, lower, UPCAST)
+        seen = product(keys, upper, PRECISION, UPCAST) + product(values, lower, PRECISION, UPCAST)
         seen = seen.to(searched.dtype.element_ty)
         to = problem * size * W + row[:, None] * W + few[None, :]
         tl.store(searched + to, seen, mask=(row < size)[:, None])
