@@ -106,19 +106,23 @@ def test_the_same_input_gives_the_same_bits_however_many_layers_go_together(devi
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def first(cost: Tensor, number: int) -> Tensor:
+    """Places of the `number` lowest, ascending."""
+    return cost.argsort(dim=1, stable=True)[:, :number].sort(dim=1).values
+
+
 @pytest.mark.parametrize(("size", "number"), [(1, 1), (16, 5), (37, 36), (50, 50)])
 def test_the_lowest_are_those_that_sorting_finds(size: int, number: int, device: torch.device) -> None:
     cost = whole(2, size, device=device)
     cost[cost == 3] = math.inf
     cost[0, :2] = torch.tensor([-0.5, 1e-30])[:size]
     gone = (torch.rand(2, size) < 0.3).to(torch.uint8).to(device)
-    order = cost.masked_fill(gone != 0, math.nan).argsort(1, stable=True)[:, :number].sort(1).values
+    order = first(cost.masked_fill(gone != 0, math.nan), number)
     chosen, rows = fused.lowest(cost, number, gone)
     assert torch.equal(rows.long(), order)
     assert torch.equal(chosen.nonzero()[:, 1].view(2, number), order)
-    expected = cost.argsort(1, stable=True)[:, :number].sort(1).values
     chosen, rows = fused.lowest(cost, number)
-    assert torch.equal(rows.long(), expected)
+    assert torch.equal(rows.long(), first(cost, number))
     rest = fused.places(chosen, size - number, wanted=False)
     assert torch.equal(rest.long(), (chosen == 0).nonzero()[:, 1].view(2, -1))
     assert torch.equal(fused.places(chosen, number, wanted=True), rows)
@@ -132,9 +136,8 @@ def test_rows_longer_than_a_block(
         pytest.skip("the interpreter would take long")
     monkeypatch.setattr(fused, "_BLOCK", block)
     cost = whole(2, size, device=device)
-    order = cost.argsort(1, stable=True)[:, : size // 2].sort(1).values
     chosen, rows = fused.lowest(cost, size // 2)
-    assert torch.equal(rows.long(), order)
+    assert torch.equal(rows.long(), first(cost, size // 2))
     assert torch.equal(fused.places(chosen, size // 2, wanted=True), rows)
 
 
@@ -201,9 +204,9 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             cache.TempCache(budget_frames=9, **options)  # type: ignore[arg-type]
-    monkeypatch.setattr("fastar.ann.launch.interpreted", lambda: False)
-    policy = cache.TempCache(budget_frames=9, commit_by="fused")
-    with pytest.raises(ValueError, match="not on cpu"):
+    monkeypatch.setattr("fastar.cache.fused_commit.interpreted", lambda: False)
+    policy = cache.TempCache(budget_frames=6, commit_by="fused")
+    with pytest.raises(ValueError, match="not on cpu: set commit_by=plain"):
         committed(policy, torch.device("cpu"), chunks=1)
 
 

@@ -50,6 +50,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "matmul_tflops": peak,
         "geometry": geometry.__dict__,
+        "kept": config.kept,
     }
     console.print(
         f"{card['device']}, torch {card['torch']}, code {card['code']}, {card['day']}, {config.dtype}: products of "
@@ -60,7 +61,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     rows = list(
         benchmark(
             names, list(config.keys_per_call), list(config.densities), geometry,
-            device=device, dtype=dtype, repeats=config.repeats, seed=config.seed,
+            device=device, dtype=dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
         )
     )  # fmt: skip
     for row in rows:

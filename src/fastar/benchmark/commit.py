@@ -130,7 +130,7 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     layers, arrived, frame = range(spec.num_layers), staged[0].k.shape[2], spec.tokens_per_frame
     extras = {name: torch.cat([own[name] for own in policy._extras]) for name in policy._extras[0]}
     stop = min(policy.filled, policy.filled + arrived - policy.verbatim_slots())
-    buffer = policy._part(layers)
+    buffer = policy._buffers.part(layers)
     inside = buffer.narrow(policy.sink_frames * frame, stop)
     known, surplus = max(0, inside.size - arrived), policy.filled + arrived - policy.capacity_slots()
 

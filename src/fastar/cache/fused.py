@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import check_device, interpreted, nearest_allowed
+from fastar.ann.launch import interpreted, nearest_allowed
 from fastar.cache.merge import Weighting, rows_of
 
 _SPAN = 2048  # slots that one program sums
@@ -52,11 +52,10 @@ class FusedSlots:
         value_weight: float,
         projection: Tensor | None,
     ) -> FusedSlots:
-        """Of slots [B, H, M, D] whose rows lie next to one another, and a factor [N, D, D] of the queries' moment.
+        """Of slots [B, H, M, D], batches H heads apart, and a factor [N, D, D] of the queries' moment.
 
         projection: [2 D, W], or None to search by the features themselves.
         """
-        check_device(key.device)
         batch, heads, size, width = key.shape
         key_mean, second = (x / size for x in moments(key))
         value_mean, squares = (x / size for x in moments(value, full=False))
@@ -74,7 +73,7 @@ class FusedSlots:
         block = 64
         kernels().features[(_blocks(size, block), batch * heads)](
             key, value, key_mean, value_mean, factor, scale, searched if projection is None else projection,
-            features, searched, offset, size, key.stride(1),
+            features, searched, offset, size, key.stride(1), key.stride(2), value.stride(1), value.stride(2),
             D=width, WIDTH=_padded(width), W=searched.shape[2] if projection is not None else 16, BLOCK=block,
             PROJECT=projection is not None, UPCAST=interpreted(), PRECISION=_precision(key), num_warps=8,
         )  # fmt: skip
@@ -274,7 +273,7 @@ class Runs:
         totals = count.clone() if total else count
         runs = 4
         kernels().fold[(_blocks(moved, runs), len(x))](
-            x, count, self.order, self.target, totals, moved, x.stride(0), count.stride(0), FIRST=first,
+            x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
             F=width, WIDTH=_padded(width - first), RUNS=runs, STEP=4, TOTAL=total, num_warps=4,
         )  # fmt: skip
         return totals

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastar.ann.launch import interpreted
 from fastar.ann.similarity import random_directions
 from fastar.cache.base import Staged
 from fastar.cache.change import Change, Edit, Joined, Scratch
@@ -71,9 +72,8 @@ class FusedEdit(Edit):
 def write_arrivals(buffer: Slots, at: int, arrivals: Sequence[Slots]) -> None:
     """Write each layer's arrivals to its part of `buffer`, from slot `at` on."""
     for layer, slots in enumerate(arrivals):
-        for name, tensor in buffer.fields.items():
-            part = tensor.chunk(len(arrivals))[layer]
-            part[:, :, at : at + slots.size] = slots[name]
+        parts = {name: tensor.chunk(len(arrivals))[layer] for name, tensor in buffer.fields.items()}
+        Slots(parts).write(at, slots)
 
 
 def plan(
@@ -94,11 +94,22 @@ def plan(
 
     Returns:
         the edit of `buffer`, and new extras. Of `buffer`, only slots that are not in use may be written.
+
+    Raises:
+        ValueError: not on a GPU.
     """
+    if buffer["key"].device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"commit_by=fused runs on a GPU, not on {policy.spec.device.type}: set commit_by=plain"
+        )
     spec, filled, arrived = policy.spec, policy.filled, staged[0].k.shape[2]
     frame, total = spec.tokens_per_frame, filled + arrived
     extras = observed(policy, staged, extras)
     arrivals = [policy.encode(each) for each in staged]
+    if (
+        filled < policy.capacity_slots() < total
+    ):  # the one commit in which they may lie where they are to be moved
+        arrivals = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in arrivals]
     start = min(policy.sink_frames * frame, total)
     stop = max(start, total - policy.verbatim_slots())
     if stop > filled:  # arrivals take part: they join the slots at once, in the room behind them

@@ -2,7 +2,7 @@
 
 Legend: N problems (layers x batch x heads), M slots of each that may merge, R of them rows, D numbers of a key or
 value, F of a feature vector, W of what the search compares. Slots and features lie `..._stride` numbers apart from
-problem to problem, rows next to one another. Which program adds what, and in which order, follows from the indices
+problem to problem, and `..._row` from row to row. Which program adds what, and in which order, follows from the indices
 alone, so that the same input gives the same bits.
 """
 
@@ -98,7 +98,8 @@ def cholesky(moment, factor, D: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.con
 
 @triton.jit(do_not_specialize=["size"])
 def features(
-    key, value, key_mean, value_mean, factor, value_scale, projection, out, searched, offset, size, slot_stride,
+    key, value, key_mean, value_mean, factor, value_scale, projection, out, searched, offset, size,
+    key_stride, key_row, value_stride, value_row,
     D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
     PROJECT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -112,13 +113,14 @@ def features(
     column = tl.arange(0, WIDTH)
     used = column < D
     mask = (row < size)[:, None] & used[None, :]
-    at = problem * slot_stride + row[:, None] * D + column[None, :]
     square = used[:, None] & used[None, :]
     root = tl.load(factor + problem * D * D + column[:, None] * D + column[None, :], mask=square, other=0)
     mean = tl.load(key_mean + problem * D + column, mask=used, other=0)
+    at = problem * key_stride + row[:, None] * key_row + column[None, :]
     keys = tl.load(key + at, mask=mask, other=0).to(tl.float32) - mean[None, :]
     keys = product(tl.where(mask, keys, 0), root, PRECISION, UPCAST).to(out.dtype.element_ty)
     mean = tl.load(value_mean + problem * D + column, mask=used, other=0)
+    at = problem * value_stride + row[:, None] * value_row + column[None, :]
     values = (tl.load(value + at, mask=mask, other=0).to(tl.float32) - mean[None, :]) * tl.load(
         value_scale + problem
     )
@@ -291,7 +293,7 @@ def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["moved"])
 def fold(
-    x, count, order, target, total, moved, x_stride, count_stride, FIRST: tl.constexpr,
+    x, count, order, target, total, moved, x_stride, x_row, count_stride, FIRST: tl.constexpr,
     F: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr, STEP: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     """Each group's mean, weighted by count [N, M], is written over its root's row of x [N, M, F], from column FIRST on.
@@ -317,7 +319,7 @@ def fold(
     root = tl.where(ends, goal, 0).to(tl.int64)
     mask = ends[:, None] & used[None, :]
     weight = tl.load(count + root, mask=ends, other=0)
-    row = tl.load(x + root[:, None] * F + column[None, :], mask=mask, other=0).to(tl.float32)
+    row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
     sums = row * weight[:, None]
     back = tl.arange(0, STEP)
     walking = ends
@@ -330,13 +332,15 @@ def fold(
         slot = tl.load(order + spot, mask=member, other=0).to(tl.int64)
         few = tl.load(count + slot, mask=member, other=0)
         reads = member[:, :, None] & used[None, None, :]
-        rows = tl.load(x + slot[:, :, None] * F + column[None, None, :], mask=reads, other=0).to(tl.float32)
+        rows = tl.load(x + slot[:, :, None] * x_row + column[None, None, :], mask=reads, other=0).to(
+            tl.float32
+        )
         sums += tl.sum(rows * few[:, :, None], 1)
         weight += tl.sum(few, 1)
         walking = tl.min(member.to(tl.int32), 1) != 0  # all of them were of the run: there may be more
         more = tl.max(walking.to(tl.int32), 0)
         at -= STEP
     mean = sums / tl.where(ends, weight, 1)[:, None]
-    tl.store(x + root[:, None] * F + column[None, :], mean.to(x.dtype.element_ty), mask=mask)
+    tl.store(x + root[:, None] * x_row + column[None, :], mean.to(x.dtype.element_ty), mask=mask)
     if TOTAL:
         tl.store(total + problem * count_stride + root, weight, mask=ends)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Room, Staged, at_once
+from fastar.cache.buffers import SlotBuffers
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.lineage import Lineage, PartOfHeads
 from fastar.cache.slots import (
@@ -42,7 +43,8 @@ class SlotPolicy(CachePolicy):
 
     A layer's slots live in one buffer, at one address, next to those of the other layers. A commit first works out what
     is to be done to all layers (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which
-    allocates nothing).
+    allocates nothing). Where the slots are as attention wants them, it reads them there, with the current chunk behind
+    them (`room`).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
 
@@ -60,8 +62,7 @@ class SlotPolicy(CachePolicy):
             raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(DTYPES)}")
         self._format = SlotFormat(slot_bits, DTYPES[storage], quant_group or 64)
         self._quant_group = quant_group
-        self._all: Slots  # slots of all layers [layers * batch, heads, slots, ...]
-        self._buffers: list[Slots] = []  # of that, by layer
+        self._buffers = SlotBuffers()
         self._extras: list[dict[str, Tensor]] = []
         self._staged: dict[int, Staged] = {}
         self.filled = 0  # slots in use, the same in all layers and heads
@@ -80,6 +81,10 @@ class SlotPolicy(CachePolicy):
 
         Must not write to `slots`. May replace entries of `extras`, a fresh dict.
         """
+
+    @property
+    def counts_tokens(self) -> bool:
+        return type(self)._log_count is not SlotPolicy._log_count
 
     def capacity_slots(self) -> int | None:
         """Slots a layer and head may hold; None if unbounded."""
@@ -130,8 +135,13 @@ class SlotPolicy(CachePolicy):
         except ValueError:
             self._spec = None
             raise
-        empty = self._encode_empty()
-        self._hold(empty, (capacity or 0) + self.spare_slots())
+        self._buffers = SlotBuffers(
+            self._encode_empty(),
+            layers=spec.num_layers,
+            size=(capacity or 0) + self.spare_slots(),
+            key_width=spec.key_width if self._read_in_place else None,
+            together=capacity is not None,
+        )
         self._extras = [self.new_extras() for _ in range(spec.num_layers)]
 
     def stage(self, layer: int, staged: Staged) -> None:
@@ -153,29 +163,27 @@ class SlotPolicy(CachePolicy):
     def discard(self) -> None:
         self._staged.clear()
 
-    def commit(self, first_frame: int, num_frames: int) -> None:
-        self.finish(self.prepare(first_frame, num_frames), first_frame, num_frames)
+    def commit(self, first_frame: int, num_frames: int, execute: Execute = at_once) -> None:
+        self._admit(first_frame, num_frames)
+        self._advance(execute(lambda: self._take_in(self._compute())), first_frame, num_frames)
 
     @torch.no_grad()
     def prepare(self, first_frame: int, num_frames: int) -> Prepared:
         """The first half of a commit: all that can fail, computed aside; slots and counters stay as they are."""
-        self._check_commit(first_frame, num_frames)
-        if self._lineage is not None:
-            self._lineage.arrive(self._staged[0].positions)
-        return self._commit_layers(Scratch())
+        self._admit(first_frame, num_frames)
+        return self._compute()
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, first_frame: int, num_frames: int) -> None:
         """The second half: make what was prepared the current state."""
-        offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
-        if self.next_frame == 0:
-            self.first_frame = self.exact_from = first_frame
-        self.filled = self._take_in(prepared)
-        self.next_frame = first_frame + num_frames
-        if capacity is not None and offered > capacity:
-            verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
-            self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
-        self._staged.clear()
+        self._advance(self._take_in(prepared), first_frame, num_frames)
+
+    @property
+    def staged(self) -> Mapping[int, Staged]:
+        return dict(self._staged)
+
+    def layout(self) -> tuple[int, ...] | None:
+        return (self.filled, self._buffers.generation)
 
     def view(self, layer: int) -> CacheView:
         spec, slots = self.spec, self._buffers[layer].narrow(0, self.filled)
@@ -184,6 +192,18 @@ class SlotPolicy(CachePolicy):
             return CacheView(k, v, None, None)
         positions = unpack_positions(slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
         return CacheView(k, v, self._log_count(slots), positions)
+
+    def room(self, layer: int, tokens: int) -> Room | None:
+        if not self._read_in_place:
+            return None
+        # a cache that is to be full some day has its memory, and keeps its address, from the first pass on
+        self._reserve(max(self.filled, self.capacity_slots() or 0) + tokens, keep=self.filled)
+        return Room(*(x[:, :, : self.filled + tokens] for x in self._buffers.keys_values(layer)))
+
+    @property
+    def _read_in_place(self) -> bool:
+        """Whether slots are in memory as attention wants them."""
+        return self._format.bits == 16 and self._format.dtype == self.spec.compute_dtype
 
     def drop_from(self, first_frame: int) -> None:
         self.check_drop(first_frame)
@@ -218,8 +238,8 @@ class SlotPolicy(CachePolicy):
         return self.spec.num_layers * (capacity * self.slot_bytes() + self.extras_bytes())
 
     def working_bytes(self) -> int:
-        """Bytes allocated beyond `bytes_used`: slots reserved and not yet filled."""
-        return sum(buffer.narrow(self.filled, buffer.size).nbytes for buffer in self._buffers)
+        """Bytes allocated beyond `bytes_used`: slots not filled, among them the current chunk's, and an engine's own."""
+        return self._buffers.nbytes - sum(buffer.narrow(0, self.filled).nbytes for buffer in self._buffers)
 
     def slot_bytes(self) -> int:
         """Bytes of one slot of one layer in all batch elements and heads, metadata included."""
@@ -262,6 +282,28 @@ class SlotPolicy(CachePolicy):
         return ("filled", "first_frame", "next_frame", "exact_from")
 
     # -- internals -----------------------------------------------------------------------------------------------
+
+    def _admit(self, first_frame: int, num_frames: int) -> None:
+        """What of a commit is the host's: may these frames enter, and who follows them."""
+        self._check_commit(first_frame, num_frames)
+        if self._lineage is not None:
+            self._lineage.arrive(self._staged[0].positions)
+
+    @torch.no_grad()
+    def _compute(self) -> Prepared:
+        return self._commit_layers(Scratch())
+
+    def _advance(self, filled: int, first_frame: int, num_frames: int) -> None:
+        """Count frames that have been taken in, which left `filled` slots."""
+        offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
+        if self.next_frame == 0:
+            self.first_frame = self.exact_from = first_frame
+        self.filled = filled
+        self.next_frame = first_frame + num_frames
+        if capacity is not None and offered > capacity:
+            verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
+            self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
+        self._staged.clear()
 
     def _check_commit(self, first_frame: int, num_frames: int) -> None:
         spec = self.spec
@@ -328,6 +370,7 @@ class SlotPolicy(CachePolicy):
         positions = torch.zeros(1, 3, dtype=torch.long, device=spec.device)
         return self.encode(Staged(zero, zero, zero, zero, positions))
 
+    @torch.no_grad()
     def _take_in(self, prepared: Prepared) -> int:
         """Make what a commit computed the current state of all layers; the number of slots now filled."""
         self._store(prepared)
@@ -339,33 +382,18 @@ class SlotPolicy(CachePolicy):
         together = self.spec.num_layers // len(layers)
         for number, (result, extras) in enumerate(layers):
             of_these = range(number * together, (number + 1) * together)
-            buffer = self._part(of_these)
+            buffer = self._buffers.part(of_these)
             if isinstance(result, Edit):
                 result.apply(buffer)
             else:
                 buffer.write(0, result)
-            for name, tensor in extras.items():
+            for name, tensor in extras.items():  # at their addresses, where a captured commit reads them
                 for layer, new in zip(of_these, tensor.chunk(together), strict=True):
                     self._extras[layer][name].copy_(new)
 
-    def _part(self, layers: range) -> Slots:
-        """The slots of neighbouring layers as one, sharing memory."""
-        total = self.spec.num_layers
-        parts = {name: tensor.unflatten(0, (total, -1)) for name, tensor in self._all.fields.items()}
-        return Slots({name: x[layers.start : layers.stop].flatten(0, 1) for name, x in parts.items()})
-
-    def _hold(self, empty: Slots, size: int) -> None:
-        """Have new buffers of `size` slots, of the kind of a layer's slots `empty`."""
-        self._all = empty.empty(size, copies=self.spec.num_layers)
-        self._buffers = [self._part(range(layer, layer + 1)) for layer in range(self.spec.num_layers)]
-
     def _reserve(self, size: int, keep: int) -> None:
-        """Have room for `size` slots in all layers; a growing buffer doubles and takes its first `keep` slots along."""
-        if size > self._all.size:
-            old = self._buffers
-            self._hold(old[0], max(size, 2 * self._all.size))
-            for new, before in zip(self._buffers, old, strict=True):
-                new.write(0, before.narrow(0, keep))
+        """Have room for `size` slots in all layers; a growing buffer takes its first `keep` slots along."""
+        self._buffers.reserve(size, keep, double=self.capacity_slots() is None)
 
     def _log_count(self, slots: Slots) -> Tensor | None:
         return None

@@ -119,9 +119,11 @@ class Slots:
         )
 
     def write(self, start: int, other: Slots) -> None:
-        """Copy `other` over the slots from `start` on, in place."""
+        """Copy `other` over the slots from `start` on, in place, unless it is what lies there."""
         for name, tensor in self.fields.items():
-            tensor[:, :, start : start + other.size] = other[name]
+            target, source = tensor[:, :, start : start + other.size], other[name]
+            if target.data_ptr() != source.data_ptr() or target.stride() != source.stride():
+                target.copy_(source)
 
     @staticmethod
     def cat(*parts: Slots) -> Slots:
