@@ -36,7 +36,7 @@ def benchmark_config(
     settings = [
         "backbone=tiny_text", "device=cpu", "dtype=float32", "matmul_size=64", "repeats=2", "block_queries=16",
         "block_keys=16", f"motion.folder={recording.folder}", f"output={tmp_path}", "steady.fill_frames=30",
-        "steady.warmup=1", "steady.chunks=1", "steady.repeats=2", "budgets=[4]", "decoders=[]",
+        "steady.warmup=1", "steady.chunks=1", "steady.repeats=2", "budgets=[4]", "decoders=[]", "dense.beside=false",
         "rollout.window.attended_frames=6",
     ]  # fmt: skip
     return lambda *overrides: composed("benchmark", *settings, *overrides)

@@ -46,9 +46,12 @@ def test_a_method_that_cannot_run_is_a_row_with_its_reason(benchmark_config: Con
     assert "fewer than the 72 of one chunk" in rows[1]["reason"] and rows[2]["reason"] is None
 
 
-def test_decoding_is_a_row_of_its_own(benchmark_config: Configs) -> None:
-    rows = run(benchmark_config("mode=rollout", "method=[stock,empty]", "decoders=[light]"))["rows"]
+def test_decoding_and_dense_are_rows_of_their_own(benchmark_config: Configs) -> None:
+    dense = ["dense.beside=true", "dense.latent_frames=[12]", "dense.video_frames=48"]
+    rows = run(benchmark_config("mode=rollout", "method=[stock,empty]", "decoders=[light]", *dense))["rows"]
     decoded, stock = rows[-1], rows[0]
+    assert [row.get("method") for row in rows] == ["stock", "empty", *["dense, shared"] * 3, None]
+    assert stock["over_dense"] == pytest.approx(stock["fps_commit"] / rows[-2]["fps"])
     assert decoded["decoder"] == "light" and decoded["parameters"] == 9_845_507
     assert decoded["fps"] == pytest.approx(12 / decoded["ms"] * 1e3)
     assert stock["fps_decode"] == pytest.approx(1 / (1 / stock["fps_commit"] + 1 / decoded["fps"]))

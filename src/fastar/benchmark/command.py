@@ -7,14 +7,24 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from fastar.benchmark.dense import run_dense
+from fastar.benchmark.endurance import run_endurance
 from fastar.benchmark.engines import run_engines
+from fastar.benchmark.modules import run_modules
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.record import run_record
 from fastar.benchmark.rollout import run_rollout
 from fastar.cache.base import check_choice
 
 Mode = Callable[[DictConfig, Page], tuple[Rows, dict[str, Rows]]]
-MODES: dict[str, Mode] = {"engines": run_engines, "record": run_record, "rollout": run_rollout}
+MODES: dict[str, Mode] = {
+    "engines": run_engines,
+    "record": run_record,
+    "rollout": run_rollout,
+    "dense": run_dense,
+    "modules": run_modules,
+    "endurance": run_endurance,
+}
 
 
 def run(config: DictConfig) -> dict[str, Any]:

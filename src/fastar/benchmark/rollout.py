@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from fastar.benchmark.ceiling import Ceiling, show_card
 from fastar.benchmark.course import Course
 from fastar.benchmark.decode import decode_rows
+from fastar.benchmark.dense import dense_rows, needed_frames
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.workload import Variant, Workload, open_workload, variants_of
 from fastar.metrics.efficiency import ChunkTimes, rates
@@ -28,23 +29,25 @@ def run_rollout(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     Raises:
         ValueError: the baseline is not among the methods, or the recording is too short.
     """
-    workload = open_workload(config, page, latent_frames=_latent_frames(config))
+    needed = max(_latent_frames(config), needed_frames(config) if config.dense.beside else 0)
+    workload = open_workload(config, page, latent_frames=needed)
     baseline = workload.variant(config.baseline)
     ceiling = show_card(workload, config, page)
+    dense = dense_rows(workload, ceiling, config, page) if config.dense.beside else []
     decoded = decode_rows(config, workload, page)
     table = _Table(workload, ceiling, baseline, config)
     for variant in workload.variants:
         if variant is not baseline:
             row = table.add(variant)
             page.say(f"{variant.label}: " + (row["reason"] or f"{row['fps_commit']:.4g} frames/s"))
-    rows = table.finished(decoded)
+    rows = table.finished(decoded, dense)
     lines = [_text(row) for row in rows]
     page.show(lines, f"{page.mode}: video frames a second in the steady state, {weights_of(workload)}")
     if decoded:
         page.show(
             [{name: _number(value) for name, value in row.items()} for row in decoded], "decoding alone"
         )
-    return [*rows, *decoded], {"rollout_chunks": table.curve}
+    return [*rows, *dense, *decoded], {"rollout_chunks": table.curve}
 
 
 def _latent_frames(config: DictConfig) -> int:
@@ -87,8 +90,8 @@ class _Table:
         self.rows.append(row)
         return row
 
-    def finished(self, decoded: Rows) -> Rows:
-        """All rows, the baseline's first, with the rate that decoding by the first decoder leaves."""
+    def finished(self, decoded: Rows, dense: Rows) -> Rows:
+        """All rows, the baseline's first, with the rate that the first decoder leaves, and the ratio to dense."""
         steady = [block for block in self.blocks if block]
         speeds = [_speed(block) for block in steady]
         base = _named(self.base.variant) | {"reason": None}
@@ -97,10 +100,12 @@ class _Table:
         base["ratio_high"] = max(speeds) / float(np.median(speeds))
         self.curve = self.base.curve + self.curve
         rows = [base, *self.rows]
-        for row in rows if decoded else []:
-            if row["reason"] is None:
+        for row in [row for row in rows if row["reason"] is None]:
+            if decoded:
                 row["fps_decode"] = 1 / (1 / row["fps_commit"] + 1 / decoded[0]["fps"])
                 row["decoder"] = decoded[0]["decoder"]
+            if dense and dense[-1]["reason"] is None:
+                row["over_dense"] = row["fps_commit"] / dense[-1]["fps"]
         return rows
 
     def _ready(self, course: Course) -> dict[str, float]:
@@ -181,6 +186,7 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
         "+ decode": f"{row['fps_decode']:.4g}" if "fps_decode" in row else "–",
         "end to end": f"{row['fps']:.4g}",
         "over baseline": f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
+        "over dense": f"{row['over_dense']:.2f}" if "over_dense" in row else "–",
         "chunk ms p50 / p99": f"{1e3 * row['latency_p50']:.4g} / {1e3 * row['latency_p99']:.4g}",
         "pass ms (floor)": f"{row['pass_ms']:.4g} ({row['pass_floor_ms']:.4g}, {row['over_floor']:.2f}x)",
         "fill s": f"{row['fill_s']:.3g}{'' if row['full'] else ' (not full)'}",
