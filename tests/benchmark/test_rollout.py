@@ -57,6 +57,14 @@ def test_decoding_and_dense_are_rows_of_their_own(benchmark_config: Configs) -> 
     assert stock["fps_decode"] == pytest.approx(1 / (1 / stock["fps_commit"] + 1 / decoded["fps"]))
 
 
+def test_a_backbone_with_actions(benchmark_config: Configs) -> None:
+    settings = ["backbone=tiny", "rollout=few_step", "rollout.window.attended_frames=8", "video_stride=1"]
+    dense = ["dense.beside=true", "dense.latent_frames=[8]", "dense.video_frames=8"]
+    rows = run(benchmark_config("mode=rollout", "method=[stock,empty]", *settings, *dense))["rows"]
+    assert [row["reason"] for row in rows] == [None] * 5
+    assert rows[0]["chunk_frames"] == 4
+
+
 def test_what_is_missing_is_told_before_anything_is_measured(benchmark_config: Configs) -> None:
     with pytest.raises(ValueError, match="'stock' is measured against: name it in"):
         run(benchmark_config("mode=rollout", "method=[window]"))

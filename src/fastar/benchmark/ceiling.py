@@ -76,7 +76,7 @@ def measure_ceiling(workload: Workload, config: DictConfig, page: Page) -> Ceili
     )
     flops = sum(2 * tokens * w.numel() for w in weights)
 
-    engine = engines.resolve(workload.variant(config.baseline).method.engine, device)
+    engine = engines.resolve(config.engine.name, device)
     window = int(config.rollout.window.attended_frames) * workload.session.backbone.config.tokens_per_frame
     shape = (1, sizes.num_heads, window, sizes.head_dim)
     k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
@@ -101,7 +101,7 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
         "ceiling": asdict(ceiling),
         "backbone": backbone.name,
         "layers": workload.layers,
-        "weights": "random" if workload.random_weights else workload.session.weights[:8],
+        "weights": workload.weights,
         "captured": workload.capture,
         "chunk_tokens": workload.chunk_tokens,
         "motion": {"latent_frames": len(workload.motion.latents), "sha256": workload.motion.sha256} | motion,

@@ -9,11 +9,12 @@ the device waits for the host.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from fastar import engines
@@ -26,7 +27,6 @@ from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.timing import timed
 from fastar.benchmark.workload import Workload, open_workload
 from fastar.compare.weights import random_backbone
-from fastar.data.recorded import STRIDE
 
 MARK = "one layer's cache reused by all layers"
 
@@ -116,8 +116,9 @@ def dense_rows(workload: Workload, ceiling: Ceiling, config: DictConfig, page: P
 
 def _filled(workload: Workload, config: DictConfig, engine: str, frames: int) -> SharedCache:
     """A cache with `frames` latent frames of the recording, by one random layer of the backbone's shape."""
-    one = OmegaConf.merge(config.backbone, {"transformer": {"num_layers": 1}})
-    layer: Backbone = random_backbone(one, workload.device)
+    one = copy.deepcopy(config.backbone)
+    one.transformer.num_layers = 1
+    layer = random_backbone(one, workload.device)
     weight = workload.session.backbone.transformer.patch_embedding.weight
     layer.transformer.to(workload.device, weight.dtype)
     cache = SharedCache(layer.transformer.rope, _grid(workload), engine)
@@ -144,8 +145,14 @@ def _text_of(backbone: Backbone, workload: Workload) -> ProjectedTokens | None:
 def _forward(
     backbone: Backbone, latents: Tensor, text: ProjectedTokens | None, cache: SharedCache, level: float
 ) -> None:
-    timesteps = torch.full(latents.shape[:2], level, device=latents.device)
-    backbone.transformer(latents, timesteps, attend=cache.attend, text=text)
+    transformer, device = backbone.transformer, latents.device
+    actions, poses = None, None
+    if backbone.config.transformer.num_actions is not None:
+        actions = torch.zeros(latents.shape[:2], dtype=torch.long, device=device)
+    if transformer.odometer is not None:
+        poses = transformer.odometer.advance(transformer.odometer.start(len(latents), device), actions)
+    timesteps = torch.full(latents.shape[:2], level, device=device)
+    transformer(latents, timesteps, attend=cache.attend, actions=actions, poses=poses, text=text)
 
 
 def _pass(workload: Workload, cache: SharedCache, frames: int, config: DictConfig) -> dict[str, Any]:
@@ -170,10 +177,11 @@ def _whole(rows: Rows, workload: Workload, video_frames: int) -> dict[str, Any]:
     measured = [row for row in rows if row["reason"] is None]
     lengths, times = ([float(row[name]) for row in measured] for name in ("latent_frames", "pass_ms"))
     chunk, passes = workload.session.chunk, workload.session.loop.passes_per_chunk
-    starts = np.arange(0, video_frames // STRIDE, chunk)
+    starts = np.arange(0, video_frames // workload.stride, chunk)
     row: dict[str, Any] = {
         "method": "dense, shared",
         "over_video_frames": video_frames,
+        "to_latent_frame": video_frames // workload.stride,
         "layers": workload.layers,
         "note": f"{MARK}; interpolated",
     }
@@ -197,7 +205,7 @@ def _dense_gib(workload: Workload, frames: int) -> float:
 
 def _text(row: dict[str, Any]) -> dict[str, str]:
     if "over_video_frames" in row:
-        named = {"latent frames": f"0 to {row['over_video_frames'] // STRIDE}", "note": row["note"]}
+        named = {"latent frames": f"0 to {row['to_latent_frame']}", "note": row["note"]}
         return named | {"fps": row["reason"] or f"{row['fps']:.4g}"}
     named = {"latent frames": str(row["latent_frames"]), "cache GiB, all layers": f"{row['cache_gib']:.1f}"}
     if row["reason"] is not None:

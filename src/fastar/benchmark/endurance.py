@@ -14,7 +14,6 @@ from fastar.benchmark.ceiling import show_card
 from fastar.benchmark.course import Course
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.workload import Variant, Workload, open_workload
-from fastar.data.recorded import STRIDE
 from fastar.metrics.efficiency import rates
 
 
@@ -25,7 +24,7 @@ def run_endurance(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]
         ValueError: the recording is shorter than the rollout, or the rollout than what is compared.
     """
     chunk = config.backbone.chunk_frames
-    chunks = config.endurance.video_frames // (STRIDE * chunk)
+    chunks = config.endurance.video_frames // (config.video_stride * chunk)
     workload = open_workload(config, page, latent_frames=chunks * chunk)
     show_card(workload, config, page)
     rows: Rows = []
@@ -81,7 +80,7 @@ def _endured(
         **course.peaks(),
         "engine": course.rollout.state.engine,
         "captured": workload.capture,
-        "weights": "random" if workload.random_weights else workload.session.weights[:8],
+        "weights": workload.weights,
     }, course
 
 

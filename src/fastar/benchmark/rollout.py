@@ -42,7 +42,7 @@ def run_rollout(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
             page.say(f"{variant.label}: " + (row["reason"] or f"{row['fps_commit']:.4g} frames/s"))
     rows = table.finished(decoded, dense)
     lines = [_text(row) for row in rows]
-    page.show(lines, f"{page.mode}: video frames a second in the steady state, {weights_of(workload)}")
+    page.show(lines, f"video frames a second in the steady state, {workload.weights} weights")
     if decoded:
         page.show(
             [{name: _number(value) for name, value in row.items()} for row in decoded], "decoding alone"
@@ -140,7 +140,7 @@ class _Table:
             "layers": workload.layers,
             "engine": course.rollout.state.engine,
             "captured": workload.capture,
-            "weights": "random" if workload.random_weights else workload.session.weights[:8],
+            "weights": workload.weights,
         }
 
     def _ratios(self, steady: list[list[ChunkTimes]], around: list[list[ChunkTimes]]) -> dict[str, Any]:
@@ -165,11 +165,6 @@ def _speed(block: list[ChunkTimes]) -> float:
 
 def _named(variant: Variant) -> dict[str, Any]:
     return {"method": variant.name, "budget": variant.budget}
-
-
-def weights_of(workload: Workload) -> str:
-    """For titles."""
-    return "random weights" if workload.random_weights else f"weights {workload.session.weights[:8]}"
 
 
 def _number(value: Any) -> str:

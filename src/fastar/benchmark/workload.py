@@ -21,7 +21,7 @@ from fastar.benchmark.page import Page
 from fastar.compare.methods import budgeted, method_of, resolved
 from fastar.compare.session import RANDOM, Session, open_session
 from fastar.data.noise import NoiseClips
-from fastar.data.recorded import COEFFICIENTS, STRIDE, Motion, load_motion, nearest_shares
+from fastar.data.recorded import COEFFICIENTS, Motion, load_motion, nearest_shares
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.rollout import PassTimer, Rollout
 
@@ -56,6 +56,7 @@ class Workload:
         variants: all methods at all budgets, those without a budget once.
         capture: whether passes are captured in CUDA graphs.
         random_weights: whether the weights mean nothing.
+        stride: video frames that a latent frame shows.
     """
 
     session: Session
@@ -64,6 +65,7 @@ class Workload:
     variants: tuple[Variant, ...]
     capture: bool
     random_weights: bool
+    stride: int
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +74,7 @@ class Workload:
     @property
     def video_frames(self) -> int:
         """Video frames of a chunk."""
-        return STRIDE * self.session.chunk
+        return self.stride * self.session.chunk
 
     @property
     def chunk_tokens(self) -> int:
@@ -82,6 +84,11 @@ class Workload:
     @property
     def layers(self) -> int:
         return self.session.backbone.config.transformer.num_layers
+
+    @property
+    def weights(self) -> str:
+        """`random`, or the beginning of the weights' hash."""
+        return "random" if self.random_weights else self.session.weights[:8]
 
     def start(
         self, variant: Variant, *, timer: PassTimer | None = None, capture: bool | None = None, **options: Any
@@ -152,6 +159,7 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
         variants=tuple(variants_of(config)),
         capture=capture,
         random_weights=config.checkpoint == RANDOM,
+        stride=config.video_stride,
     )
 
 
