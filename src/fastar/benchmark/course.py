@@ -24,6 +24,7 @@ class Course:
 
     Attributes:
         rollout: what runs.
+        watched: whether peaks of memory are this course's; to be unset while another's memory comes and goes.
         chunks: times of all chunks so far.
         curve: a row for each of them.
     """
@@ -39,6 +40,8 @@ class Course:
         self.timer = PassTimer(workload.device, warmup=0)
         self.rollout = workload.start(variant, timer=self.timer, **options)
         self.curve: list[dict[str, Any]] = []
+        self.watched = True
+        self._known = self.peaks()
 
     @property
     def chunks(self) -> list[ChunkTimes]:
@@ -52,6 +55,8 @@ class Course:
             rollout.denoise(actions)
             rollout.commit(truth, actions)
         times, cache = self.chunks[-1], rollout.state.cache
+        self._known = self.peaks()
+        peak = self.memory.chunk_rows()  # ends this chunk's peak, watched or not
         self.curve.append(
             {
                 "method": self.variant.name,
@@ -60,8 +65,8 @@ class Course:
                 **times.rows(),
                 "cache_bytes": cache.bytes_used(),
                 "cache_slots": cache.slots_used(),
-                **{f"{name}_so_far": value for name, value in self.peaks().items()},
-                **self.memory.chunk_rows(),
+                **({f"{name}_so_far": value for name, value in self._known.items()} if self.watched else {}),
+                **(peak if self.watched else {}),
             }
         )
         return times
@@ -87,7 +92,12 @@ class Course:
         return {"fill_s": sum(c.wall for c in made), "fill_frames": frames, "full": float(full)}
 
     def peaks(self) -> dict[str, float]:
-        """peak_allocated, and on a GPU peak_reserved: bytes that the method took at most, the weights counted."""
+        """peak_allocated, and on a GPU peak_reserved: bytes that the method took at most, the weights counted.
+
+        As they were when it was last watched.
+        """
+        if not self.watched:
+            return self._known
         rows = self.memory.rows()
         if self.workload.device.type != "cuda":
             return rows  # of the process: nothing tells whose they are

@@ -42,6 +42,11 @@ def run_rollout(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
             page.say(f"{variant.label}: " + (row["reason"] or f"{row['fps_commit']:.4g} frames/s"))
     rows = table.finished(decoded, dense)
     lines = [_text(row) for row in rows]
+    base = rows[0]
+    page.say(
+        f"The machine: {len(table.blocks)} blocks of {base['method']} between the methods' ran at "
+        f"{base['ratio_low']:.3f} to {base['ratio_high']:.3f} of their median rate."
+    )
     page.show(lines, f"video frames a second in the steady state, {workload.weights} weights")
     if decoded:
         page.show(
@@ -67,6 +72,7 @@ class _Table:
         self.base = Course(workload, baseline)
         self.base_filled = self._ready(self.base)
         self.blocks = [self._block(self.base)]  # of the baseline, in order
+        self.base.watched = False
         self.rows: Rows = []
         self.curve: Rows = []
 

@@ -22,8 +22,12 @@ KINDS = (
     ("elementwise", r"elementwise|triton|vectorized|reduce|norm|softmax|rope|modulat|gelu|aten::"),
 )
 """Kinds of kernels by words in their names; the first that is found counts, `other` if none is."""
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+WAITS = (
+    "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
+    "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize",
+)  # fmt: skip
 CHUNK = "fastar chunk"
+_CALLS = ("cuda_runtime", "cuda_driver")
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -107,7 +111,8 @@ def read_trace(events: Sequence[Mapping[str, Any]]) -> Trace:
     if not spans:
         raise ValueError("nothing was executed in the chunk that was profiled")
     span = max(last for _, last in spans) - min(first for first, _ in spans)
-    calls = [str(e["name"]) for e in events if e.get("cat") == "cuda_runtime" and start <= e["ts"] <= stop]
+    told = [e for e in events if e.get("cat") in _CALLS]
+    calls = [str(e["name"]) for e in told if start <= e["ts"] <= stop]
     copies = [str(e["name"]) for e in work if e["cat"] == "gpu_memcpy"]
     return Trace(
         kernels=tuple(kernels),
