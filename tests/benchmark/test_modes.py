@@ -65,6 +65,7 @@ def test_nested_operations_of_a_cpu_count_once() -> None:
 @pytest.mark.gpu
 def test_a_wait_shows_in_a_profile_on_a_gpu() -> None:
     x = torch.randn(1024, 1024, device="cuda")
+    torch.mm(x, x)  # the library waits when it is first used
     assert not traced(lambda: x @ x, x.device).waits
     waiting = traced(lambda: (x @ x).sum().item(), x.device)
     assert sum(waiting.waits.values()) and waiting.to_host == 1 and "gemm" in waiting.by_kind()
@@ -87,7 +88,10 @@ def test_kinds_of_kernels(name: str, kind: str) -> None:
 
 def test_parts_of_a_chunk(benchmark_config: Configs) -> None:
     config = benchmark_config(
-        "mode=modules", "method=[stock,fast_ar]", "methods.fast_ar.self_attention.density=0.6"
+        "mode=modules",
+        "method=[stock,fast_ar]",
+        "steady.fill_frames=12",
+        "methods.fast_ar.self_attention.density=0.6",
     )
     rows = pd.DataFrame(run(config)["rows"])
     calls = rows[rows["how"] == "alone"].pivot(index="part", columns="method", values="calls")
@@ -96,10 +100,28 @@ def test_parts_of_a_chunk(benchmark_config: Configs) -> None:
     assert calls.loc["attend self biased", "fast_ar"] == 6
     assert calls.loc["attend self sparse biased", "fast_ar"] == 4
     assert calls.loc["plan", "fast_ar"] == 2 and np.isnan(calls.loc["plan", "stock"])
+    times = rows[rows["method"] == "stock"].set_index("part")["ms"]
+    assert times["match, merge, plan"] == pytest.approx(times["commit pass"] - times["pass 1 of 4"])
     shares = rows[(rows["how"] == "profile") & (rows["part"] != "waits")].groupby("method")["share"].sum()
     assert shares.between(0.9, 1.01).all()
     kernels = pd.read_parquet(config.output + "/modules_kernels.parquet")
     assert {"attention", "gemm", "copy"} <= set(kernels["kind"])
+
+
+@pytest.mark.gpu
+def test_parts_of_a_chunk_on_a_gpu(benchmark_config: Configs) -> None:
+    config = benchmark_config(
+        "mode=modules", "method=[stock,tempcache]", "steady.fill_frames=12", "device=cuda", "dtype=bfloat16"
+    )
+    rows = pd.DataFrame(run(config)["rows"])
+    profiled = rows[rows["how"] == "profile"]
+    for _, own in profiled.groupby("method"):
+        assert {"attention", "gemm", "gaps", "waits"} <= set(own["part"])
+        assert own[~own["part"].isin(["waits", "gaps"])]["ms"].sum() > 0
+    kernels = pd.read_parquet(config.output + "/modules_kernels.parquet")
+    assert (
+        not kernels["kernel"].str.startswith("aten::").any()
+    )  # what the device did, not what it was asked for
 
 
 def test_a_shared_cache_is_dense_attention_where_layers_are_alike(small_dense: tuple) -> None:

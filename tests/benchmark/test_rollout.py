@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import pandas as pd
 import pytest
+import torch
 from omegaconf import DictConfig
 
+from fastar.benchmark import workload
 from fastar.benchmark.command import run
 
 Configs = Callable[..., DictConfig]
@@ -74,3 +76,26 @@ def test_what_is_missing_is_told_before_anything_is_measured(benchmark_config: C
         run(benchmark_config("mode=fast"))
     with pytest.raises(ValueError, match="captured on CUDA alone"):
         run(benchmark_config("mode=rollout", "capture=true"))
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_each_methods_own(benchmark_config: Configs) -> None:
+    config = benchmark_config("mode=rollout", "method=[stock,window,dense]", "device=cuda", "dtype=bfloat16")
+    rows = {row["method"]: row for row in run(config)["rows"]}
+    assert all(row["reason"] is None for row in rows.values())
+    assert all(row["peak_reserved"] >= row["peak_allocated"] > 0 for row in rows.values())
+    assert rows["dense"]["peak_allocated"] > rows["window"]["peak_allocated"]
+    curve = pd.read_parquet(config.output + "/rollout_chunks.parquet")
+    window = curve[curve["method"] == "window"]["peak_chunk"]
+    assert window.tail(2).nunique() == 1
+
+
+def test_capture_is_asked_for_where_it_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*, capture: bool = False) -> None: ...
+
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(workload, "start_rollout", start)
+    assert workload._capture(None, cuda) and workload._capture(True, cuda)
+    assert not workload._capture(False, cuda) and not workload._capture(None, cpu)
+    monkeypatch.setattr(workload, "start_rollout", lambda: None)
+    assert not workload._capture(None, cuda)

@@ -149,7 +149,7 @@ def _forward(
     actions, poses = None, None
     if backbone.config.transformer.num_actions is not None:
         actions = torch.zeros(latents.shape[:2], dtype=torch.long, device=device)
-    if transformer.odometer is not None:
+    if transformer.odometer is not None and actions is not None:
         poses = transformer.odometer.advance(transformer.odometer.start(len(latents), device), actions)
     timesteps = torch.full(latents.shape[:2], level, device=device)
     transformer(latents, timesteps, attend=cache.attend, actions=actions, poses=poses, text=text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from fastar.engines.plan import BlockPlan
 from fastar.sparsity import SelectRequest
 
 TIMED_CHUNKS = 5
+MERGE, PLAN = "match, merge, write", "plan"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Subject:
     Attributes:
         workload, variant, ceiling: see there.
         course: the method in its steady state, captured if passes are.
+        passes_ms: of each denoising pass of a chunk, in order, and of its commit.
         config, page: of the command.
     """
 
@@ -39,6 +43,7 @@ class Subject:
     variant: Variant
     ceiling: Ceiling
     course: Course
+    passes_ms: list[float]
     config: DictConfig
     page: Page
 
@@ -50,12 +55,12 @@ Part = Callable[[Subject], Rows]
 def run_modules(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     """The mode `modules`: rows method, budget, part, ms, calls, share (of a chunk's time), how.
 
-    `how` is `alone` (timed by itself, times its calls in a chunk), `difference` (of measured times) or `profile` (sums
+    `how` is `alone` (timed by itself, times its calls in a chunk), `difference` or `sum` (of such), or `profile` (sums
     of kernels in one chunk; there, `gaps` is time in which the device did nothing, and `waits` counts how often the
     host waited for it).
     """
     frames = config.steady.fill_frames + config.backbone.chunk_frames * (
-        config.steady.warmup + TIMED_CHUNKS + 3
+        config.steady.warmup + 2 * TIMED_CHUNKS + 3
     )
     workload = open_workload(config, page, latent_frames=frames)
     ceiling = show_card(workload, config, page)
@@ -81,10 +86,13 @@ def _measured(
     course.run(config.steady.warmup)
     chunks = course.run(TIMED_CHUNKS)
     chunk_ms = 1e3 * float(np.median([sum(times.parts.values()) for times in chunks]))
-    subject = Subject(workload, variant, ceiling, course, config, page)
+    passes_ms = [float(ms) for ms in np.median([_passes(course) for _ in range(TIMED_CHUNKS)], axis=0)]
+    subject = Subject(workload, variant, ceiling, course, passes_ms, config, page)
     rows: Rows = [{"part": "chunk", "ms": chunk_ms, "calls": 1, "how": "alone"}]
     for part in PARTS:
         rows += part(subject)
+    ours = sum(row["ms"] for row in rows if row["part"] in (MERGE, PLAN))
+    rows.append({"part": "match, merge, plan", "ms": ours, "calls": None, "how": "sum"})
     for row in rows:
         row["share"] = row["ms"] / chunk_ms
 
@@ -101,6 +109,29 @@ def _measured(
     kinds[-1] |= {"waits": dict(trace.waits), "to_host": trace.to_host, "to_device": trace.to_device}
     course.close()
     return [*rows, *kinds], trace.by_name()
+
+
+def _passes(course: Course) -> list[float]:
+    """Milliseconds of each denoising pass of the next chunk, and of its commit."""
+    device = course.workload.device
+    marks: list[Any] = []
+
+    def mark(_: object = None) -> None:
+        if device.type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record(torch.cuda.current_stream(device))
+        else:
+            marks.append(time.perf_counter())
+
+    truth, actions = course.workload.truth(course.rollout), course.workload.actions()
+    mark()
+    course.rollout.denoise(actions, on_step=mark)
+    course.rollout.commit(truth, actions)
+    mark()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return [first.elapsed_time(last) for first, last in pairwise(marks)]
+    return [1e3 * (last - first) for first, last in pairwise(marks)]
 
 
 def _one_chunk(course: Course) -> Callable[[], None]:
@@ -123,18 +154,26 @@ def linear_parts(subject: Subject) -> Rows:
     ]
 
 
-def commit_parts(subject: Subject) -> Rows:
-    """What a commit takes beyond a pass: matching, merging and writing."""
-    steps = len(subject.workload.session.loop.timesteps)
-    beyond = [times.parts["commit"] - times.parts["denoise"] / steps for times in subject.course.chunks]
-    last = beyond[-TIMED_CHUNKS:]
+def pass_parts(subject: Subject) -> Rows:
+    """Each pass of a chunk where it stands, and what the commit takes beyond the first: matching, merging, writing.
+
+    The first denoising pass is dense under most schedules, as commits are; `how` says so where it is not.
+    """
+    *steps, commit = subject.passes_ms
+    rows: Rows = [
+        {"part": f"pass {number} of {len(steps)}", "ms": ms, "calls": 1, "how": "alone"}
+        for number, ms in enumerate(steps, 1)
+    ]
+    rollout = subject.course.rollout
+    first = next(iter(subject.workload.session.loop.denoise_passes(rollout.next_frame)))
+    dense = all(
+        rollout.state.self_selector.is_dense(layer, first) for layer in range(subject.workload.layers)
+    )
+    how = "difference" if dense else "difference to a sparse pass"
     return [
-        {
-            "part": "match, merge, write",
-            "ms": 1e3 * float(np.median(last)),
-            "calls": 1,
-            "how": "difference",
-        }
+        *rows,
+        {"part": "commit pass", "ms": commit, "calls": 1, "how": "alone"},
+        {"part": MERGE, "ms": commit - steps[0], "calls": 1, "how": how},
     ]
 
 
@@ -161,12 +200,12 @@ def attention_parts(subject: Subject) -> Rows:
             request, selector = calls.request, course.rollout.state.self_selector
             ms = 1e3 * timed(lambda: selector.select(request), **options).median  # a step twice plans anew
             count = len(calls.plans)
-            rows.append({"part": "plan", "ms": ms * count, "calls": count, "how": "alone"})
+            rows.append({"part": PLAN, "ms": ms * count, "calls": count, "how": "alone"})
     course.close()
     return rows
 
 
-PARTS: tuple[Part, ...] = (linear_parts, attention_parts, commit_parts)
+PARTS: tuple[Part, ...] = (pass_parts, linear_parts, attention_parts)
 """What is timed alone; another part is another function here."""
 
 
