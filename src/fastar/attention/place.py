@@ -68,9 +68,9 @@ class Placement:
         self.q_out[..., :width] = apply_rotation(self.q, self.tables)
         self.k_out[..., :width] = apply_rotation(self.k, self.tables)
         self.v_out.copy_(self.v)
-        self.q_out[..., width : width + EXTRA] = 1
-        self.q_out[..., width + EXTRA :] = 0
-        self.k_out[..., width:] = 0
+        self.q_out[..., width : width + EXTRA].fill_(1)
+        self.q_out[..., width + EXTRA :].zero_()
+        self.k_out[..., width:].zero_()
 
     def fused(self) -> None:
         """In one kernel, on a GPU or in Triton's interpreter."""

@@ -16,7 +16,7 @@ from fastar import engines
 from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
-from fastar.attention.place import place
+from fastar.attention.place import Placement
 from fastar.attention.places import PlaceMemory, Places
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
@@ -247,7 +247,7 @@ class AttentionState:
         working = self._memory.of(layer, k_raw)
         q = q_raw.new_empty(*q_raw.shape[:3], working.k.shape[3])
         current_k, current_v = (x[:, :, working.cached :] for x in (working.k, working.v))
-        place(q_raw, k_raw, v, self._require_places().turns, q, current_k, current_v)
+        Placement(q_raw, k_raw, v, self._require_places().turns, q, current_k, current_v).run()
         if context.commits:
             current_k = current_k[..., : working.head_dim]
             self.cache.stage(

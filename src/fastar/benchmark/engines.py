@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor
 
 from fastar import engines
-from fastar.benchmark.timing import timed
+from fastar.benchmark.page import Page, Rows
+from fastar.benchmark.timing import matmul_flops, timed
 from fastar.cache.slots import SlotFormat
 from fastar.engines.augmented import augment_keys, augment_queries
 from fastar.engines.packed import Packed, attend_packed
@@ -246,3 +249,51 @@ def _error(call: _Call, out: Tensor, block_q: int) -> float:
     )
     found = out.gather(2, rows).float()
     return float((found - expected).norm() / expected.norm())
+
+
+def run_engines(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
+    """The mode `engines`.
+
+    Raises:
+        ValueError: an unknown engine.
+    """
+    names = list(config.engines) if config.engines is not None else engines.names()
+    for name in names:
+        engines.get(name)  # unknown ones are told of before minutes of measuring
+    geometry = instantiate(config.geometry)
+    peak = matmul_flops(page.device, page.dtype, size=config.matmul_size, repeats=config.repeats) / 1e12
+    page.card(
+        {"matmul_tflops": peak, "geometry": geometry.__dict__, "kept": config.kept},
+        f"products of {config.matmul_size} x {config.matmul_size} matrices run at {peak:.3g} TFLOP/s, the ceiling. "
+        f"{geometry}",
+    )
+    rows = list(
+        benchmark(
+            names, list(config.keys_per_call), list(config.densities), geometry,
+            device=page.device, dtype=page.dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
+            packed_bits=list(config.packed_bits),
+        )
+    )  # fmt: skip
+    for row in rows:
+        row["ceiling_share"] = None if row["tflops"] is None else row["tflops"] / peak
+    page.show([_text(row) for row in rows], "attention engines: median of the repeats")
+    return rows, {}
+
+
+def _text(row: dict[str, Any]) -> dict[str, str]:
+    named = {
+        "engine": row["engine"],
+        "call": row["kind"],
+        "keys": f"{row['keys']:,}",
+        "density": f"{row['density']:.2f}",
+    }
+    if row["reason"] is not None:
+        return named | {"ms": "–", "note": str(row["reason"])}
+    return named | {
+        "ms": f"{row['ms']:.3g} [{row['ms_low']:.3g}, {row['ms_high']:.3g}]",
+        "TFLOP/s": f"{row['tflops']:.3g}",
+        "of ceiling": f"{row['ceiling_share']:.0%}",
+        "of own dense": f"{row['of_dense']:.2f}" if row["of_dense"] else "–",
+        "of best dense": f"{row['of_best']:.2f}" if row["of_best"] else "–",
+        "error": f"{row['error']:.1e}",
+    }
