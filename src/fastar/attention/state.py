@@ -78,7 +78,7 @@ class AttentionState:
         self.context: PassContext | None = None
         self.places = PlaceMemory(rope, grid, device)
         self._here: Places | None = None  # of the pass
-        key_width = engines.key_width(self.engine, head_dim) if cache.counts_tokens else head_dim
+        key_width = engines.key_width(self.engine, head_dim, device) if cache.counts_tokens else head_dim
         self._memory = WorkingMemory(cache, key_width)
         self.device = device
         if not self.cache.is_bound:  # a follower of a `TeeCache` is bound, and filled, by its leader

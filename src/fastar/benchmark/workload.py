@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from fastar.backbones import Prompts
+from fastar.backbones.wan.fused import Execution
 from fastar.benchmark.page import Page
 from fastar.compare.methods import budgeted, method_of, resolved
 from fastar.compare.session import RANDOM, Session, open_session
@@ -139,6 +140,7 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
         ValueError: no recording or one that is too short, an unknown method, a backbone that does not fit.
     """
     session, capture = open_session(config), _capture(config.capture, page.device)
+    execution_of(config.execution, page.device).apply(session.backbone.transformer)
     sizes = session.backbone.config.transformer
     if (
         sizes.out_channels != len(COEFFICIENTS)
@@ -161,6 +163,12 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
         random_weights=config.checkpoint == RANDOM,
         stride=config.video_stride,
     )
+
+
+def execution_of(config: DictConfig, device: torch.device) -> Execution:
+    """How passes are run; fused null: where there is a GPU."""
+    fused = device.type == "cuda" if config.fused is None else config.fused
+    return Execution(fused=fused, linears=config.linears)
 
 
 def variants_of(config: DictConfig) -> list[Variant]:

@@ -44,15 +44,18 @@ class EngineChoice:
         return resolve(self.name, device)
 
 
-def key_width(engine: str, head_dim: int) -> int:
+def key_width(engine: str, head_dim: int, device: torch.device | str | None = None) -> int:
     """Width at which an engine wants keys that carry their log-counts stored, 144 to 192 for heads of 128.
 
-    Keys kept at this width (`fastar.engines.augmented`) are attended to with `head_dim=` and without a copy.
+    Given a `device`, `head_dim` where log-counts apart are no dearer. Keys kept at this width (`fastar.engines.augmented`) are attended to with `head_dim=` and without a copy.
 
     Args:
         engine: a name that `resolve` returned.
     """
-    return get(engine).key_width(head_dim)
+    chosen = get(engine)
+    if device is not None and torch.device(device).type not in chosen.counts_in_keys:
+        return head_dim
+    return chosen.key_width(head_dim)
 
 
 def attend(

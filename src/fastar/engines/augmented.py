@@ -47,15 +47,6 @@ def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int) -> None:
     k[..., head_dim + 1] = (bias - hi.to(torch.float32)).to(k.dtype)
 
 
-def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int, scale: float | None = None) -> None:
-    """Put log-counts [..., Lk] into augmented keys [..., Lk, width], in place; `scale` as in `augment_keys`."""
-    bias = log_count.to(torch.float32) / (head_dim**-0.5 if scale is None else scale)
-    bias = torch.where(bias == -torch.inf, EMPTY, bias)
-    hi = bias.to(k.dtype)
-    k[..., head_dim] = hi
-    k[..., head_dim + 1] = (bias - hi.to(torch.float32)).to(k.dtype)
-
-
 def pad_width(x: Tensor, width: int) -> Tensor:
     """[..., L, D] -> a new contiguous [..., L, width], zeros behind D."""
     padded = x.new_zeros(*x.shape[:-1], width)

@@ -48,6 +48,7 @@ CUDNN = Engine(
     dtypes=frozenset({torch.bfloat16, torch.float16}),
     takes_plan=False,
     key_multiple=_KEY_MULTIPLE,
+    counts_in_keys=frozenset({"cuda"}),
     missing=_missing,
     limits=_limits,
 )

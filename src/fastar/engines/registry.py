@@ -69,6 +69,7 @@ class Engine:
         takes_log_count, takes_plan: whether it takes those arguments.
         takes_lengths: whether it reads key lengths as they are; for others they become log-counts of -inf.
         key_multiple: of what the width of log-counted keys is to be a multiple (see `key_width`).
+        counts_in_keys: device types on which log-counts cost least inside the keys, so that a rollout keeps them there.
         missing: given a device, what the machine lacks to run it, or None.
         limits: given a call, which further constraint of the engine it breaks, or None.
     """
@@ -82,6 +83,7 @@ class Engine:
     takes_plan: bool = True
     takes_lengths: bool = False
     key_multiple: int = 8
+    counts_in_keys: frozenset[str] = frozenset()
     missing: Callable[[torch.device], str | None] = lambda device: None
     limits: Callable[[AttentionCall], str | None] = lambda call: None
 

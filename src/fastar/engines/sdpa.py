@@ -148,5 +148,17 @@ _DEVICES = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-SDPA = Engine(name="sdpa", run=partial(_run, augment_on=_CUDA), devices=_DEVICES, dtypes=_DTYPES)
-AUGMENTED = Engine(name="augmented", run=partial(_run, augment_on=_DEVICES), devices=_DEVICES, dtypes=_DTYPES)
+SDPA = Engine(
+    name="sdpa",
+    run=partial(_run, augment_on=_CUDA),
+    devices=_DEVICES,
+    dtypes=_DTYPES,
+    counts_in_keys=_CUDA,
+)
+AUGMENTED = Engine(
+    name="augmented",
+    run=partial(_run, augment_on=_DEVICES),
+    devices=_DEVICES,
+    dtypes=_DTYPES,
+    counts_in_keys=_DEVICES,
+)
