@@ -6,8 +6,6 @@ equal to the bit; random features are compared by what they find.
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from fastar import ann
 from fastar.ann.base import Excluded, Matcher, Metric
 from fastar.ann.launch import Tile
+from tests.hopper import compile_apart
 
 pytest.importorskip("triton")
 
@@ -236,11 +235,4 @@ def test_configured_matchers(name: str, composed: Callable[..., object]) -> None
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     """In a process without the interpreter, which replaces the compiler. Needs no GPU."""
-    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    without["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], env=without, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("shared memory") == 10
+    assert compile_apart("tests.ann.compile_kernels", tmp_path) == 10

@@ -17,12 +17,15 @@ SMALL = Geometry(batch=1, heads=2, head_dim=16, queries=64, block_q=16, block_k=
 CPU = torch.device("cpu")
 
 
-def rows(names: list[str], keys: int = 256) -> list[dict]:
-    return list(benchmark(names, [keys], [0.25], SMALL, device=CPU, dtype=torch.float32, repeats=3))
+def rows(names: list[str], keys: int = 256, kept: bool = True) -> list[dict]:
+    return list(
+        benchmark(names, [keys], [0.25], SMALL, device=CPU, dtype=torch.float32, repeats=3, kept=kept)
+    )
 
 
-def test_rows_count_what_was_executed() -> None:
-    found = rows(["reference", "sdpa"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_count_what_was_executed(kept: bool) -> None:
+    found = rows(["reference", "sdpa"], kept=kept)
     assert [row["kind"] for row in found[::2]] == ["dense", "biased", "sparse", "sparse biased"]
     for row in found:
         assert row["reason"] is None and row["error"] < 1e-5
@@ -51,8 +54,21 @@ def test_an_engine_that_ignores_an_argument_shows(ignored: str, monkeypatch: pyt
     monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
     monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
     touched = "biased" if ignored == "log_count" else "sparse"
-    for row in rows(["wrong"]):
+    for row in rows(["wrong"], kept=False):
         assert (row["error"] > 0.05) == (touched in row["kind"]), row["kind"]
+
+
+def test_an_engine_that_takes_the_scale_of_the_wider_head_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-counts inside the keys: they come with the scale of the true head dim."""
+
+    def careless(call: engines.AttentionCall) -> tuple[torch.Tensor, None]:
+        return engines.attend(call.q, call.k, call.v, plan=call.plan, engine="reference")[0], None
+
+    original, wrong = engines.get, engines.Engine(name="wrong", run=careless)
+    monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    for row in rows(["wrong"]):
+        assert (row["error"] > 0.03) == ("biased" in row["kind"]), row["kind"]
 
 
 def test_what_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastar import engines
 from fastar.engines import BlockPlan
+from fastar.engines.augmented import augment_keys, augment_queries
 from fastar.engines.reference import attention_weights
 
 from .conftest import Draw
@@ -172,7 +173,9 @@ def test_auto_is_resolved_by_device() -> None:
 
 
 def test_unknown_engine_lists_the_choices() -> None:
-    with pytest.raises(ValueError, match="choose one of auto, augmented, flex, reference, sdpa"):
+    with pytest.raises(
+        ValueError, match="choose one of auto, augmented, cudnn, fa4, flashinfer, flex, reference, sdpa"
+    ):
         engines.resolve("fa9", "cpu")
 
 
@@ -217,3 +220,69 @@ def test_a_plan_for_other_lengths_is_refused(draw: Draw) -> None:
     plan: BlockPlan = draw.plan(1, 2, 4, 5, 2, 2)
     with pytest.raises(ValueError, match="a plan for 4 queries, 5 keys does not fit"):
         engines.attend(q, q, q, plan=plan)
+
+
+@pytest.mark.parametrize("planned", ["no plan", "plan", "tags"])
+@pytest.mark.parametrize("engine", ["reference", "sdpa", "augmented"])
+def test_keys_that_carry_their_log_counts(
+    draw: Draw, engine: str, planned: str, device: torch.device
+) -> None:
+    """head_dim= says that they do: the same output without a log_count, at the engine's own width."""
+    draw = dataclasses.replace(draw, device=device)
+    q, k, v = draw.normal(2, 3, 50, 32), draw.normal(2, 3, 133, 32), draw.normal(2, 3, 133, 32)
+    plan = None if planned == "no plan" else draw.plan(2, 3, 50, 133, 16, 32, tags=planned == "tags")
+    log_count = draw.log_count(2, 3, 133)
+    log_count[0, 0] = 0.0
+    expected, _ = engines.attend(q, k, v, log_count=log_count, plan=plan, engine="reference")
+    width = engines.key_width(engine, 32)
+    q, k = augment_queries(q, width), augment_keys(k, log_count, width)
+    out, _ = engines.attend(q, k, v, head_dim=32, plan=plan, engine=engine)
+    assert relative_error(out, expected) < 5e-6
+
+
+@pytest.mark.parametrize("engine", ["reference", "sdpa"])
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+def test_keys_behind_a_length_are_not_attended_to(draw: Draw, engine: str, biased: bool) -> None:
+    q, k, v = draw.normal(1, 3, 20, 32), draw.normal(1, 3, 60, 32), draw.normal(1, 3, 60, 32)
+    log_count = draw.log_count(1, 3, 60) if biased else None
+    lengths = torch.tensor([[60, 17, 0]], dtype=torch.int32)
+    out, _ = engines.attend(q, k, v, log_count=log_count, lengths=lengths, engine=engine)
+    for head, length in enumerate(lengths[0].tolist()):
+        part = (q[:, [head]], k[:, [head], :length], v[:, [head], :length])
+        count = None if log_count is None else log_count[:, [head], :length]
+        alone, _ = engines.attend(*part, log_count=count, engine="reference")
+        torch.testing.assert_close(out[:, [head]], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_width_of_log_counted_keys_is_the_engines_own() -> None:
+    widths = {name: engines.key_width(name, 128) for name in engines.names()}
+    narrow = dict.fromkeys(("augmented", "flex", "reference", "sdpa"), 136)
+    assert widths == narrow | {"fa4": 144, "flashinfer": 192, "cudnn": 192}
+
+
+def test_head_dim_must_fit_the_call(draw: Draw) -> None:
+    q = draw.normal(1, 2, 4, 16)
+    with pytest.raises(ValueError, match="pass one of head_dim and log_count"):
+        engines.attend(q, q, q, head_dim=14, log_count=torch.zeros(4))
+    with pytest.raises(ValueError, match="heads of 16 numbers cannot hold head_dim=15"):
+        engines.attend(q, q, q, head_dim=15)
+    with pytest.raises(ValueError, match=r"lengths \(2,\) must be \[batch, heads\]"):
+        engines.attend(q, q, q, lengths=torch.ones(2))
+
+
+@pytest.mark.parametrize("engine", ["reference", "sdpa"])
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)])
+def test_tokens_that_already_are_in_plan_order(draw: Draw, engine: str, given: tuple[bool, bool]) -> None:
+    """A plan without an order means the identity, whatever the other order is."""
+    q, k, v = draw.normal(2, 2, 50, 32), draw.normal(2, 2, 133, 32), draw.normal(2, 2, 133, 32)
+    plan = draw.plan(2, 2, 50, 133, 16, 32)
+    orders = [
+        order if has else None for order, has in zip((plan.query_order, plan.key_order), given, strict=True)
+    ]
+    bare = dataclasses.replace(plan, query_order=orders[0], key_order=orders[1], lengths=(50, 133))
+    places = [bare.query_index, bare.key_index]
+    named = dataclasses.replace(plan, query_order=places[0], key_order=places[1])
+    log_count = draw.log_count(2, 2, 133)
+    expected, _ = engines.attend(q, k, v, plan=named, log_count=log_count, engine="reference")
+    out, _ = engines.attend(q, k, v, plan=bare, log_count=log_count, engine=engine)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

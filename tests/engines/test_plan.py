@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from fastar.engines.plan import WILDCARD, BlockPlan, inverse_order, share_tag
+from fastar.engines.plan import WILDCARD, BlockPlan, inverse_order, share_tag, take_rows
 
 from .conftest import Draw
 
@@ -45,6 +47,38 @@ def test_token_mask_follows_the_orders() -> None:
     expected = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]).bool()
     assert torch.equal(plan.token_mask()[0, 0], expected)
     assert plan.density().item() == pytest.approx(6 / 12)
+
+
+def test_an_order_of_none_is_the_identity(draw: Draw) -> None:
+    base = draw.plan(1, 2, 20, 40, 8, 16)
+    places = [torch.arange(length).expand(1, 2, length) for length in (20, 40)]
+    named = BlockPlan(*places, 8, 16, base.block_mask)
+    unnamed = BlockPlan(None, None, 8, 16, base.block_mask, lengths=(20, 40))
+    assert torch.equal(unnamed.token_mask(), named.token_mask())
+    assert torch.equal(unnamed.executed_pairs(), named.executed_pairs())
+    assert torch.equal(unnamed.query_index, places[0]) and torch.equal(unnamed.key_index, places[1])
+    assert unnamed.of_heads(slice(1, 2)).num_keys == 40
+    with pytest.raises(ValueError, match="needs lengths"):
+        BlockPlan(None, base.key_order, 8, 16, base.block_mask)
+
+
+def test_lists_name_the_blocks_of_the_mask_in_ascending_order(draw: Draw) -> None:
+    plan = draw.plan(2, 3, 50, 133, 16, 32)
+    counts, indices = plan.listed()
+    assert counts.dtype == indices.dtype == torch.int32
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in counts.shape)).tolist():
+        row = tuple(place)
+        assert indices[row][: counts[row]].tolist() == plan.block_mask[row].nonzero().flatten().tolist()
+    given = dataclasses.replace(plan, block_lists=(counts + 1, indices)).of_heads(slice(1, 3))
+    assert torch.equal(given.listed()[0], counts[:, 1:] + 1), "given lists are not made again"
+
+
+def test_rows_are_taken_head_by_head(draw: Draw) -> None:
+    x, order = draw.normal(2, 3, 17, 5), draw.order(2, 3, 17)
+    expected = x.gather(2, order[..., None].expand_as(x))
+    assert torch.equal(take_rows(x, order), expected)
+    assert torch.equal(take_rows(x.transpose(1, 2).contiguous().transpose(1, 2), order), expected)
+    assert take_rows(x, None) is x
 
 
 def test_tags_share() -> None:

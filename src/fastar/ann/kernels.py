@@ -1,7 +1,7 @@
 """Triton kernels of nearest-neighbour search: scores live in registers, a tile at a time, never in memory.
 
 Legend: N problems, n queries, m keys, D features, W words of a code; S partial results a query (parts of the keys, or
-hash tables). Tensors are contiguous. A program holds a tile of Q queries and streams over tiles of K keys with a
+hash tables). Tensors are contiguous unless a stride is given. A program holds a tile of Q queries and streams over tiles of K keys with a
 running best; `merge_partials` picks the best of the S. Everywhere the first of equally good keys wins, so that the
 answer does not depend on how the work was split. Scores must not be NaN: such a key is never found.
 """
@@ -71,33 +71,47 @@ def halved_squares(
     tl.store(out + row, total, mask=inside)
 
 
+@triton.jit
+def first_best(best, tile, K: tl.constexpr):
+    """Best [Q] and its key of scores `best` [Q, K], each that of lane k of the tile of keys that starts at `tile`."""
+    top = tl.max(best, 1)
+    columns = tile + tl.arange(0, K)[None, :]
+    first = tl.min(tl.where((best == top[:, None]) & (tile >= 0), columns, 2147483647), 1)
+    return top, tl.where(top > float("-inf"), first, -1)
+
+
 @triton.jit(do_not_specialize=["problems", "n", "m", "span"])
 def nearest(
     q, k, offset, scale, excluded, best_score, best_index, problems, n, m, span,
+    q_stride, k_stride, offset_stride, excluded_stride,
     D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
     INTEGER: tl.constexpr, EXCLUDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial s of a tile of queries: the key of [s * span, (s + 1) * span) with the largest scale * q.k + offset.
 
-    q [N, n, D], k [N, m, D]: floats, or int8 if INTEGER (then products are int32, and `scale` float32 [N] is read).
-    offset float32 [N, m]. excluded int32 [2, N, n]: keys [low, high) that a query may not match, read if EXCLUDE.
+    q [N, n, D], k [N, m, D]: floats, or int8 if INTEGER (then products are int32, and `scale` float32 [N] is read);
+    offset float32 [N, m]. The `_stride`s lie from problem to problem. excluded int32 [2, N or 1, n]: keys
+    [low, high) that a query may not match, read if EXCLUDE; excluded_stride n, or 0 if all problems share them.
     best_score float32 and best_index int32 [S, N, n]; -inf and -1 where nothing was found. UPCAST: multiply in float32,
     as the interpreter cannot multiply bfloat16.
+
+    Every lane of a tile keeps its own best over all tiles, so that lanes are compared once, at the end.
     """
     part, problem = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * Q + tl.arange(0, Q)
     inside = row < n
-    q += problem * n * D
-    k += problem * m * D
+    q += problem * q_stride
+    k += problem * k_stride
     out = problem * n + row
     start, stop = part * span, tl.minimum((part + 1) * span, m)
     if EXCLUDE:
-        low = tl.load(excluded + out, mask=inside, other=0)
-        high = tl.load(excluded + problems.to(tl.int64) * n + out, mask=inside, other=m)
+        ends = tl.where(excluded_stride == 0, 1, problems).to(tl.int64) * n
+        low = tl.load(excluded + problem * excluded_stride + row, mask=inside, other=0)
+        high = tl.load(excluded + ends + problem * excluded_stride + row, mask=inside, other=m)
         if tl.max(low, 0) == 0:  # whole tiles that no query here may match are passed over
             start = tl.maximum(start, tl.min(high, 0) // K * K)
-    best = tl.full([Q], float("-inf"), tl.float32)
-    index = tl.full([Q], -1, tl.int32)
+    best = tl.full([Q, K], float("-inf"), tl.float32)
+    tile = tl.full([Q, K], -1, tl.int32)
     if D <= WIDTH:  # the queries stay where they are
         width = tl.arange(0, WIDTH)
         mask = inside[:, None] & (width < D)[None, :]
@@ -129,12 +143,14 @@ def nearest(
             score = product.to(tl.float32) * tl.load(scale + problem)
         else:
             score = product
-        score += tl.load(offset + problem * m + column, mask=known, other=float("-inf"))[None, :]
+        score += tl.load(offset + problem * offset_stride + column, mask=known, other=float("-inf"))[None, :]
         if EXCLUDE:
             score = without_excluded(score, column, low, high)
-        best, index = keep_better(best, index, score, column)
+        better = score > best  # of equal ones the first tile stays
+        best, tile = tl.where(better, score, best), tl.where(better, first, tile)
+    top, index = first_best(best, tile, K)
     out += part * problems.to(tl.int64) * n
-    tl.store(best_score + out, best, mask=inside)
+    tl.store(best_score + out, top, mask=inside)
     tl.store(best_index + out, index, mask=inside)
 
 

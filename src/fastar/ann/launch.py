@@ -34,7 +34,7 @@ class Tile:
 TILES = {  # by bytes a number
     4: Tile(128, 64, 32, 8, 3),
     2: Tile(128, 64, 256, 8, 3),
-    1: Tile(128, 128, 256, 8, 3),
+    1: Tile(128, 64, 256, 8, 3),
 }
 WIDE_TILE = Tile(64, 64, 64, 8, 3)  # of fewer than 4 bytes a number, where the queries do not fit
 BUCKET_TILES = {4: Tile(64, 64, 32, 8, 2), 2: Tile(64, 64, 64, 8, 2)}  # buckets are short
@@ -67,7 +67,7 @@ class FusedSearch:
         self.m = keys.shape[1]
         # no wider than the features, rounded up
         self.tile = replace(tile, width=min(tile.width, max(32, _power_of_two(self.width))))
-        self.splits = splits or self._splits_that_fill()
+        self.splits = splits or _splits(self.problems, self.n, self.m, self.tile, queries.device)
         shape = (self.problems, self.n)
         self.excluded = None
         if excluded is not None:
@@ -94,6 +94,7 @@ class FusedSearch:
         kernels().nearest[self._grid()](
             self.queries, self.keys, self.offset, self._or_unused(self.scale), self._or_unused(self.excluded),
             scores, indices, self.problems, self.n, self.m, span,
+            self.n * self.width, self.m * self.width, self.m, self.n,
             D=self.width, Q=self.tile.queries, K=self.tile.keys, WIDTH=self.tile.width,
             INTEGER=self.scale is not None, EXCLUDE=self.excluded is not None, **self._product(precision),
         )  # fmt: skip
@@ -149,11 +150,6 @@ class FusedSearch:
     def _grid(self) -> tuple[int, int, int]:
         return (_blocks(self.n, self.tile.queries), self.splits, self.problems)
 
-    def _splits_that_fill(self) -> int:
-        programs = self.problems * _blocks(self.n, self.tile.queries)
-        wanted = _blocks(_WAVES * _multiprocessors(self.queries.device), programs)
-        return min(wanted, _blocks(self.m, self.tile.keys))
-
     def _product(self, precision: str) -> dict[str, Any]:
         exact = self.queries.dtype != torch.float32
         return {
@@ -173,6 +169,48 @@ class FusedSearch:
         kernels().halved_squares[(_blocks(rows, block),)](
             x, flags, out, rows, D=self.width, BLOCK=block, WIDTH=self.tile.width, MASKED=valid is not None
         )
+
+
+def nearest_allowed(
+    queries: Tensor, keys: Tensor, offset: Tensor, excluded: Tensor, tile: Tile | None = None
+) -> Tensor:
+    """The key with the largest q.k + offset of every query, -1 if none is allowed: int32 [N, n].
+
+    For callers who hold features as the kernel wants them: nothing is copied, rounded or checked.
+
+    Args:
+        queries, keys: [N, n, d] and [N, m, d], rows next to one another; the problems may lie apart.
+        offset: float32 [N, m], in the same way.
+        excluded: int32 [2, N or 1, n], contiguous: keys low .. high - 1 that a query may not match.
+        tile: None for one that suits the dtype.
+    """
+    (problems, n, width), m = queries.shape, keys.shape[1]
+    tile = tile or tile_for(keys)
+    tile = replace(tile, width=min(tile.width, max(32, _power_of_two(width))))
+    splits = _splits(problems, n, m, tile, keys.device)
+    span = _blocks(_blocks(m, tile.keys), splits) * tile.keys
+    scores = torch.empty(splits, problems, n, device=keys.device)
+    indices = torch.empty(splits, problems, n, dtype=torch.int32, device=keys.device)
+    kernels().nearest[(_blocks(n, tile.queries), splits, problems)](
+        queries, keys, offset, offset, excluded, scores, indices, problems, n, m, span,
+        queries.stride(0), keys.stride(0), offset.stride(0), 0 if excluded.shape[1] == 1 else n,
+        D=width, Q=tile.queries, K=tile.keys, WIDTH=tile.width, INTEGER=False, EXCLUDE=True,
+        UPCAST=interpreted(), PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits == 1:
+        return indices[0]
+    best = torch.empty(problems, n, device=keys.device)
+    index = torch.empty(problems, n, dtype=torch.long, device=keys.device)
+    kernels().merge_partials[(_blocks(problems * n, 256),)](
+        scores, indices, best, index, problems * n, splits, BLOCK=256
+    )
+    return index.to(torch.int32)
+
+
+def _splits(problems: int, n: int, m: int, tile: Tile, device: torch.device) -> int:
+    """Into how many parts keys are split to fill the device."""
+    wanted = _blocks(_WAVES * _multiprocessors(device), problems * _blocks(n, tile.queries))
+    return min(wanted, _blocks(m, tile.keys))
 
 
 @cache

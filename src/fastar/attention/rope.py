@@ -80,6 +80,10 @@ class RotaryEmbedding:
         cos, sin = self._turns(positions)
         return apply_rotation(x, (cos, -sin))
 
+    def forget(self) -> None:
+        """Make tables anew: a grid of positions has been written over."""
+        self._last = None
+
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of `positions`; a grid [L, 3] is remembered, since every layer of a pass asks for the same.
 

@@ -7,7 +7,6 @@ at once, so that a crash in mid-pass leaves the old state.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,33 +16,16 @@ from fastar import engines
 from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
+from fastar.attention.place import place
+from fastar.attention.places import PlaceMemory, Places
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
 from fastar.attention.text import Selection, TextStream
-from fastar.cache.base import CachePolicy, CacheSpec, Staged
+from fastar.attention.working import WorkingKeys, WorkingMemory
+from fastar.cache.base import CachePolicy, CacheSpec, Execute, Staged, at_once
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import CrossSelector, Selector, SelectRequest
 from fastar.sparsity.base import Scheduled
-
-
-@dataclass
-class _Working:
-    """A layer's attended keys in the compute dtype: what the cache keeps, then room for the current chunk."""
-
-    k: Tensor
-    v: Tensor
-    log_count: Tensor | None
-    cached: int  # slots before the current chunk
-    positions: Tensor | None  # [B, H, cached, 3]
-    origins: Tensor | None  # the same, where the tokens stand in the video
-
-    def until(self, keys: int) -> "_Working":
-        """The first `keys` of the current ones, with all that is cached."""
-        stop = self.cached + keys
-        if stop == self.k.shape[2]:
-            return self
-        log_count = None if self.log_count is None else self.log_count[:, :, :stop]
-        return replace(self, k=self.k[:, :, :stop], v=self.v[:, :, :stop], log_count=log_count)
 
 
 class AttentionState:
@@ -88,8 +70,10 @@ class AttentionState:
         if self.tags is not None:
             self.recorders.append(self.tags)
         self.context: PassContext | None = None
-        self._positions = torch.empty(0, 3, dtype=torch.long)
-        self._working: dict[int, _Working] = {}
+        self.places = PlaceMemory(rope, grid, device)
+        self._here: Places | None = None  # of the pass
+        key_width = engines.key_width(self.engine, head_dim) if cache.counts_tokens else head_dim
+        self._memory = WorkingMemory(cache, key_width)
         self.device = device
         if not self.cache.is_bound:  # a follower of a `TeeCache` is bound, and filled, by its leader
             self.cache.bind(
@@ -103,6 +87,7 @@ class AttentionState:
                     compute_dtype=compute_dtype,
                     device=device,
                     chunk_frames=chunk_frames,
+                    key_width=key_width,
                 )
             )
 
@@ -115,20 +100,19 @@ class AttentionState:
         self.context = context
         if self.cache.enter(context):
             self.forget_working_copies()
-        self._positions = grid_positions(
-            context.first_frame, context.num_frames, self.grid, device=self.device
-        )
+        self._here = self.places.of(context.first_frame, context.num_frames)
 
-    def end_pass(self) -> None:
+    def end_pass(self, execute: Execute = at_once) -> None:
         """Close the pass; if it commits, the staged keys of all layers enter the cache together.
 
         If they cannot (out of memory, a layer that was never called), the pass is aborted and the error goes on.
+        `execute` does the cache's work on the device.
         """
         context = self._require_context()
         if context.commits:
             try:
                 told = {} if self.actions is None else self.actions.following()
-                self.cache.commit(context.first_frame, context.num_frames)
+                self.cache.commit(context.first_frame, context.num_frames, execute)
             except BaseException:
                 self.abort_pass()
                 raise
@@ -170,7 +154,7 @@ class AttentionState:
 
     def forget_working_copies(self) -> None:
         """Copy what the cache keeps once more in the next pass."""
-        self._working.clear()
+        self._memory.forget()
 
     def in_flight(self) -> dict[str, Any]:
         """What is remembered of chunks in flight, of which there have been passes; empty if there are none."""
@@ -200,9 +184,7 @@ class AttentionState:
             if self.actions is None:
                 raise RuntimeError(f"the {stream} stream needs a state with actions: see start_rollout")
             q, k, v = self.actions.prepare(stream, layer, context, q, k, v)
-        return self._execute(
-            stream, layer, context, q, k, v, log_count=None, plan=None, candidates=k.shape[2]
-        )
+        return self._execute(stream, layer, context, q, k, v, log_count=None, candidates=k.shape[2])
 
     @contextmanager
     def unmeasured(self) -> Iterator[None]:
@@ -227,10 +209,10 @@ class AttentionState:
         finally:
             self.context = None
         out, _ = engines.attend(
-            event.q, working.k, working.v, log_count=working.log_count, plan=plan, engine=self.engine
+            event.q, working.own_keys, working.v, log_count=working.log_count, plan=plan, engine=self.engine
         )
         return AttendEvent(
-            "self", event.layer, context, event.q, working.k, working.v, working.log_count, plan, out,
+            "self", event.layer, context, event.q, working.own_keys, working.v, working.log_count, plan, out,
             candidates=working.k.shape[2],
         )  # fmt: skip
 
@@ -256,20 +238,45 @@ class AttentionState:
 
     def _attend_self(self, layer: int, q_raw: Tensor, k_raw: Tensor, v: Tensor) -> Tensor:
         context = self._require_context()
-        q, k = self.rope.rotate(q_raw, self._positions), self.rope.rotate(k_raw, self._positions)
+        working = self._memory.of(layer, k_raw)
+        q = q_raw.new_empty(*q_raw.shape[:3], working.k.shape[3])
+        current_k, current_v = (x[:, :, working.cached :] for x in (working.k, working.v))
+        place(q_raw, k_raw, v, self._require_places().turns, q, current_k, current_v)
         if context.commits:
-            self.cache.stage(layer, Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=self._positions))
-        working, outs = self._fill(layer, k, v), []
+            current_k = current_k[..., : working.head_dim]
+            self.cache.stage(
+                layer,
+                Staged(
+                    q_raw=q_raw,
+                    k_raw=k_raw,
+                    k=current_k,
+                    v=current_v,
+                    positions=self._require_places().positions,
+                ),
+            )
+        outs = []
         for part, rows, keys in self._parts(context):
-            seen, raw = working.until(keys), (q_raw[:, :, rows], k_raw[:, :, :keys])
-            plan = self._plan(layer, part, q[:, :, rows], seen, raw)
-            outs.append(
-                self._execute(
-                    "self", layer, part, q[:, :, rows], seen.k, seen.v,
-                    log_count=seen.log_count, plan=plan, candidates=seen.k.shape[2],
-                )
-            )  # fmt: skip
+            own, seen, raw = q[:, :, rows], working.until(keys), (q_raw[:, :, rows], k_raw[:, :, :keys])
+            plan = self._plan(layer, part, own[..., : seen.head_dim], seen, raw)
+            outs.append(self._execute_self(layer, part, own, seen, plan))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _execute_self(
+        self, layer: int, context: PassContext, q: Tensor, keys: WorkingKeys, plan: BlockPlan | None
+    ) -> Tensor:
+        """Attention of q [B, H, L, W] over working keys of that width."""
+        log_count = None if keys.is_augmented else keys.log_count
+        head_dim = keys.head_dim if keys.is_augmented else None
+        out, _ = engines.attend(
+            q, keys.k, keys.v, log_count=log_count, plan=plan, head_dim=head_dim, engine=self.engine
+        )
+        self._tell(
+            AttendEvent(
+                "self", layer, context, q[..., : keys.head_dim], keys.own_keys, keys.v, keys.log_count, plan, out,
+                candidates=keys.k.shape[2],
+            )
+        )  # fmt: skip
+        return out
 
     def _parts(self, context: PassContext) -> Iterator[tuple[PassContext, slice, int]]:
         """The chunks of a pass: which queries are theirs, and how many of the pass's keys they see."""
@@ -279,10 +286,10 @@ class AttentionState:
             seen = (part.visible[1] - context.first_frame) * tokens
             yield part, slice(start, start + part.num_frames * tokens), seen
 
-    def _fill(self, layer: int, k: Tensor, v: Tensor) -> _Working:
-        """Keys and values of the past and of the current pass, k and v [B, H, L, D]."""
-        working = self._working_of(layer, k)
-        working.k[:, :, working.cached :] = k
+    def _fill(self, layer: int, k: Tensor, v: Tensor) -> WorkingKeys:
+        """The past, with roped keys and values [B, H, L, D] of the current tokens."""
+        working = self._memory.of(layer, k)
+        working.own_keys[:, :, working.cached :] = k
         working.v[:, :, working.cached :] = v
         return working
 
@@ -291,7 +298,7 @@ class AttentionState:
         layer: int,
         context: PassContext,
         q: Tensor,
-        working: _Working,
+        working: WorkingKeys,
         raw: tuple[Tensor, Tensor] | None = None,
     ) -> BlockPlan | None:
         """The pairs to compute of a chunk's queries. `raw`: its queries and the current keys before RoPE, or undone."""
@@ -300,9 +307,10 @@ class AttentionState:
         if raw is None:
             first, stop = context.visible
             own = (first, stop - first) == (context.first_frame, context.num_frames)
-            places = self._positions if own else grid_positions(first, stop - first, self.grid, self.device)
-            current = working.k[:, :, working.cached :]
-            raw = (self.rope.unrotate(q, self._positions), self.rope.unrotate(current, places))
+            here = self._require_places().positions
+            places = here if own else grid_positions(first, stop - first, self.grid, self.device)
+            current = working.own_keys[:, :, working.cached :]
+            raw = (self.rope.unrotate(q, here), self.rope.unrotate(current, places))
         return self.self_selector.plan(self._request(layer, context, q, *raw, working))
 
     def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -313,7 +321,7 @@ class AttentionState:
             outs.append(
                 self._execute(
                     "text", layer, part, own, short_k, short_v,
-                    log_count=log_count, plan=None, candidates=k.shape[2], selection=selection,
+                    log_count=log_count, candidates=k.shape[2], selection=selection,
                 )
             )  # fmt: skip
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
@@ -328,42 +336,25 @@ class AttentionState:
         v: Tensor,
         *,
         log_count: Tensor | None,
-        plan: BlockPlan | None,
         candidates: int,
         selection: Selection | None = None,
     ) -> Tensor:
-        out, _ = engines.attend(q, k, v, log_count=log_count, plan=plan, engine=self.engine)
-        if self.recorders:
-            event = AttendEvent(stream, layer, context, q, k, v, log_count, plan, out, candidates, selection)
-            for recorder in self.recorders:
-                recorder.on_attend(event)
+        out, _ = engines.attend(q, k, v, log_count=log_count, engine=self.engine)
+        self._tell(AttendEvent(stream, layer, context, q, k, v, log_count, None, out, candidates, selection))
         return out
 
-    def _working_of(self, layer: int, k: Tensor) -> _Working:
-        """Cached slots in the compute dtype with room for the current chunk, made once a chunk and layer."""
-        working = self._working.get(layer)
-        if working is None or working.k.shape[2] - working.cached != k.shape[2]:
-            view = self.cache.view(layer)
-            cached = view.k.shape[2]
-            shape = (*k.shape[:2], cached + k.shape[2], k.shape[3])
-            origins = view.positions if view.origins is None else view.origins
-            working = _Working(k.new_empty(shape), k.new_empty(shape), None, cached, view.positions, origins)
-            if cached:
-                working.k[:, :, :cached], working.v[:, :, :cached] = view.k, view.v
-            if cached and view.log_count is not None:
-                working.log_count = torch.zeros(shape[:3], dtype=torch.float32, device=k.device)
-                working.log_count[:, :, :cached] = view.log_count
-            self._working[layer] = working
-        return working
+    def _tell(self, event: AttendEvent) -> None:
+        for recorder in self.recorders:
+            recorder.on_attend(event)
 
     def _request(
-        self, layer: int, context: PassContext, q: Tensor, q_raw: Tensor, k_raw: Tensor, working: _Working
+        self, layer: int, context: PassContext, q: Tensor, q_raw: Tensor, k_raw: Tensor, working: WorkingKeys
     ) -> SelectRequest:
         raw = None
         if self.self_selector.match_space == "raw":
             raw = k_raw
             if working.cached and working.positions is not None:
-                past = self.rope.unrotate(working.k[:, :, : working.cached], working.positions)
+                past = self.rope.unrotate(working.own_keys[:, :, : working.cached], working.positions)
                 raw = torch.cat([past, k_raw], dim=2)
         text_tags, key_tags = None, None
         if self.tags is not None:
@@ -372,7 +363,7 @@ class AttentionState:
             layer=layer,
             context=context,
             q=q,
-            k=working.k,
+            k=working.own_keys,
             q_raw=q_raw,
             k_raw=raw,
             log_count=working.log_count,
@@ -380,6 +371,11 @@ class AttentionState:
             text_tags=text_tags,
             key_tags=key_tags,
         )
+
+    def _require_places(self) -> Places:
+        if self._here is None:
+            raise RuntimeError("attention was called outside a pass: call begin_pass first")
+        return self._here
 
     def _require_context(self) -> PassContext:
         if self.context is None:

@@ -103,6 +103,7 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
         "layers": workload.layers,
         "weights": workload.weights,
         "captured": workload.capture,
+        "execution": str(workload.execution),
         "chunk_tokens": workload.chunk_tokens,
         "motion": {"latent_frames": len(workload.motion.latents), "sha256": workload.motion.sha256} | motion,
     }
@@ -110,9 +111,10 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
     page.card(
         stated,
         f"{backbone.name} of {workload.layers} layers, {stated['weights']} weights, chunks of {backbone.chunk_frames} "
-        f"latent frames = {workload.chunk_tokens} tokens, passes {'' if workload.capture else 'not '}captured. Alone: "
-        f"products of {config.matmul_size} x {config.matmul_size} matrices {c.matmul_tflops:.3g} TFLOP/s, linears of a "
-        f"pass {c.linears_ms:.3g} ms ({c.linears_tflops:.3g} TFLOP/s), attention by {c.engine} on "
+        f"latent frames = {workload.chunk_tokens} tokens, passes {workload.execution}, "
+        f"{'' if workload.capture else 'not '}captured. "
+        f"Alone: products of {config.matmul_size} x {config.matmul_size} matrices {c.matmul_tflops:.3g} TFLOP/s, "
+        f"linears of a pass {c.linears_ms:.3g} ms ({c.linears_tflops:.3g} TFLOP/s), attention by {c.engine} on "
         f"{c.attention_keys:,} keys {c.attention_tflops:.3g} TFLOP/s, copies {c.copy_tb_s:.3g} TB/s. Contents: "
         f"{len(shown):,} latent frames of recorded walks; {motion['distinct_frames']:.1%} of their video frames are "
         f"distinct, {motion['near_earlier']:.0%} of the tokens nearly equal one of the six latent frames before "

@@ -79,7 +79,8 @@ def _endured(
         **filled,
         **course.peaks(),
         "engine": course.rollout.state.engine,
-        "captured": workload.capture,
+        "captured": course.captured,
+        "execution": str(workload.execution),
         "weights": workload.weights,
     }, course
 

@@ -7,7 +7,7 @@ is said about quality.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastar import engines
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.timing import matmul_flops, timed
+from fastar.engines.augmented import augment_keys, augment_queries
 from fastar.engines.plan import BlockPlan
 
 CHECKED = 128  # queries whose output is held against the reference engine
@@ -63,6 +64,7 @@ def benchmark(
     dtype: torch.dtype,
     repeats: int = 7,
     seed: int = 0,
+    kept: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Rows engine, kind, keys, density, ms, ms_low, ms_high (quartiles), tflops, of_dense, of_best, error, reason.
 
@@ -70,13 +72,16 @@ def benchmark(
     many keys, of_best that to the fastest engine's. error is relative to float32, over `CHECKED` queries. An engine
     that cannot execute a call has a reason and no numbers.
 
+    kept: keys are as a rollout keeps them between passes, so that no copy of them is timed: log-counts in the keys, at
+    the engine's own width, and keys in the order of the plan. The queries of a plan are put in order in each call.
+
     Raises:
         ValueError: an engine is unknown.
     """
     for count in keys:
-        inputs = _Inputs(geometry, count, device, dtype, seed)
+        inputs = _Inputs(geometry, count, device, dtype, seed, kept)
         calls = [(case, inputs.of(case)) for case in cases(densities)]
-        rows = [_row(name, case, call, geometry, repeats) for case, call in calls for name in names]
+        rows = [_row(name, case, call, geometry, repeats, kept) for case, call in calls for name in names]
         dense = {row["engine"]: row["tflops"] for row in rows if row["kind"] == "dense" and row["tflops"]}
         for row in rows:
             baselines = {"of_dense": dense.get(row["engine"]), "of_best": max(dense.values(), default=None)}
@@ -92,20 +97,37 @@ class _Call:
     v: Tensor
     log_count: Tensor | None
     plan: BlockPlan | None
+    head_dim: int | None = None
+
+    def kept_for(self, engine: str) -> _Call:
+        """The same call with its log-counts in the keys."""
+        if self.log_count is None:
+            return self
+        head_dim = self.q.shape[-1]
+        width = engines.key_width(engine, head_dim)
+        q, k = augment_queries(self.q, width), augment_keys(self.k, self.log_count, width)
+        return replace(self, q=q, k=k, log_count=None, head_dim=head_dim)
 
     def run(self, engine: str) -> Tensor:
-        return engines.attend(
-            self.q, self.k, self.v, log_count=self.log_count, plan=self.plan, engine=engine
-        )[0]
+        options: dict[str, Any] = {"log_count": self.log_count, "plan": self.plan, "head_dim": self.head_dim}
+        return engines.attend(self.q, self.k, self.v, engine=engine, **options)[0]
+
+    def unfit(self, engine: str) -> str | None:
+        """Why the engine cannot execute it here, or None."""
+        full = engines.AttentionCall(
+            self.q, self.k, self.v, self.log_count, self.plan, return_lse=False, head_dim=self.head_dim
+        )
+        chosen = engines.get(engine)
+        return chosen.unfit_for_device(self.q.device) or chosen.unfit_for(full)
 
 
 class _Inputs:
     """The same vectors for all cases of one number of keys."""
 
     def __init__(
-        self, geometry: Geometry, keys: int, device: torch.device, dtype: torch.dtype, seed: int
+        self, geometry: Geometry, keys: int, device: torch.device, dtype: torch.dtype, seed: int, kept: bool
     ) -> None:
-        self.geometry, self.keys, self.device = geometry, keys, device
+        self.geometry, self.keys, self.device, self.kept = geometry, keys, device, kept
         self.generator = torch.Generator(device).manual_seed(seed)
         lead = (geometry.batch, geometry.heads)
         lengths = (geometry.queries, keys, keys)
@@ -122,7 +144,7 @@ class _Inputs:
         return _Call(self.q, self.k, self.v, log_count, plan)
 
     def _plan(self, density: float) -> BlockPlan:
-        """Tokens in random order, as many random key blocks for every block of queries."""
+        """Queries in random order, keys too unless kept in place; as many random key blocks for every query block."""
         g, lead = self.geometry, (self.geometry.batch, self.geometry.heads)
         blocks = (-(-g.queries // g.block_q), -(-self.keys // g.block_k))
         chosen = max(1, round(density * blocks[1]))
@@ -131,11 +153,12 @@ class _Inputs:
         mask.scatter_(-1, scores.topk(chosen, dim=-1).indices, True)
         return BlockPlan(
             query_order=self._order(g.queries),
-            key_order=self._order(self.keys),
+            key_order=None if self.kept else self._order(self.keys),
             block_q=g.block_q,
             block_k=g.block_k,
             block_mask=mask,
             max_blocks=chosen,
+            lengths=(g.queries, self.keys),
         )
 
     def _order(self, length: int) -> Tensor:
@@ -143,11 +166,9 @@ class _Inputs:
         return torch.rand(*lead, length, generator=self.generator, device=self.device).argsort(-1)
 
 
-def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int) -> dict[str, Any]:
-    device = call.q.device
-    engine = engines.get(name)
-    full = engines.AttentionCall(call.q, call.k, call.v, call.log_count, call.plan, return_lse=False)
-    reason = engine.unfit_for_device(device) or engine.unfit_for(full)
+def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int, kept: bool) -> dict[str, Any]:
+    made = call.kept_for(name) if kept else call
+    reason = made.unfit(name)
     density = 1.0 if call.plan is None else float(call.plan.density().mean())
     row: dict[str, Any] = {
         "engine": name, "kind": case.kind, "keys": call.k.shape[2], "density": density,
@@ -156,8 +177,8 @@ def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int) -
     if reason is not None:
         return row
     try:
-        time = timed(lambda: call.run(name), device=device, repeats=repeats)
-        distance = _error(call, name, geometry.block_q)
+        time = timed(lambda: made.run(name), device=call.q.device, repeats=repeats)
+        distance = _error(call, made.run(name), geometry.block_q)
     except RuntimeError as error:  # out of memory, or a kernel that its limits do not describe
         return row | {"reason": str(error).split("\n")[0]}
     pairs = call.q.shape[0] * call.q.shape[1] * call.q.shape[2] * call.k.shape[2] * density
@@ -170,23 +191,23 @@ def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int) -
     }
 
 
-def _error(call: _Call, name: str, block_q: int) -> float:
-    """Relative error of the outputs of the first queries, in plan order, to the reference engine."""
+def _error(call: _Call, out: Tensor, block_q: int) -> float:
+    """Relative error of `out` for the first queries, in plan order, to the reference engine."""
     checked = min(CHECKED, block_q, call.q.shape[2])
     plan, log_count = call.plan, call.log_count
     k, v = call.k, call.v
     rows = torch.arange(checked, device=k.device).expand(*k.shape[:2], checked)
     if plan is not None:
-        rows = plan.query_order[..., :checked]
+        rows = plan.query_index[..., :checked]
         read = plan.block_mask[:, :, 0].repeat_interleave(plan.block_k, -1)[..., : plan.num_keys]
-        k, v = (x.gather(2, plan.key_order[..., None].expand(x.shape)) for x in (k, v))
+        k, v = (x.gather(2, plan.key_index[..., None].expand(x.shape)) for x in (k, v))
         counts = torch.zeros_like(read, dtype=torch.float32) if log_count is None else log_count
-        log_count = counts.gather(2, plan.key_order).masked_fill(~read, -torch.inf)
+        log_count = counts.gather(2, plan.key_index).masked_fill(~read, -torch.inf)
     rows = rows[..., None].expand(*rows.shape, call.q.shape[-1])
     expected, _ = engines.attend(
         call.q.gather(2, rows).float(), k.float(), v.float(), log_count=log_count, engine="reference"
     )
-    found = call.run(name).gather(2, rows).float()
+    found = out.gather(2, rows).float()
     return float((found - expected).norm() / expected.norm())
 
 
@@ -202,14 +223,14 @@ def run_engines(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     geometry = instantiate(config.geometry)
     peak = matmul_flops(page.device, page.dtype, size=config.matmul_size, repeats=config.repeats) / 1e12
     page.card(
-        {"matmul_tflops": peak, "geometry": geometry.__dict__},
+        {"matmul_tflops": peak, "geometry": geometry.__dict__, "kept": config.kept},
         f"products of {config.matmul_size} x {config.matmul_size} matrices run at {peak:.3g} TFLOP/s, the ceiling. "
         f"{geometry}",
     )
     rows = list(
         benchmark(
             names, list(config.keys_per_call), list(config.densities), geometry,
-            device=page.device, dtype=page.dtype, repeats=config.repeats, seed=config.seed,
+            device=page.device, dtype=page.dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
         )
     )  # fmt: skip
     for row in rows:

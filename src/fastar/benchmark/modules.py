@@ -21,6 +21,7 @@ from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.timing import timed
 from fastar.benchmark.trace import traced
 from fastar.benchmark.workload import Variant, Workload, open_workload
+from fastar.engines.augmented import augment_keys, augment_queries
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import SelectRequest
 
@@ -88,7 +89,8 @@ def _measured(
     chunk_ms = 1e3 * float(np.median([sum(times.parts.values()) for times in chunks]))
     passes_ms = [float(ms) for ms in np.median([_passes(course) for _ in range(TIMED_CHUNKS)], axis=0)]
     subject = Subject(workload, variant, ceiling, course, passes_ms, config, page)
-    rows: Rows = [{"part": "chunk", "ms": chunk_ms, "calls": 1, "how": "alone"}]
+    how = "captured" if course.captured else "not captured"
+    rows: Rows = [{"part": f"chunk, {how}", "ms": chunk_ms, "calls": 1, "how": "alone"}]
     for part in PARTS:
         rows += part(subject)
     ours = sum(row["ms"] for row in rows if row["part"] in (MERGE, PLAN))
@@ -189,12 +191,7 @@ def attention_parts(subject: Subject) -> Rows:
     engine, rows = course.rollout.state.engine, []
     with torch.inference_mode():
         for kind, (event, count) in calls.kinds.items():
-            e = event
-
-            def attend(e: AttendEvent = e) -> None:
-                engines.attend(e.q, e.k, e.v, log_count=e.log_count, plan=e.plan, engine=engine)
-
-            ms = 1e3 * timed(attend, **options).median
+            ms = 1e3 * timed(_attend(event, engine), **options).median
             rows.append({"part": f"attend {kind}", "ms": ms * count, "calls": count, "how": "alone"})
         if calls.request is not None:
             request, selector = calls.request, course.rollout.state.self_selector
@@ -203,6 +200,19 @@ def attention_parts(subject: Subject) -> Rows:
             rows.append({"part": PLAN, "ms": ms * count, "calls": count, "how": "alone"})
     course.close()
     return rows
+
+
+def _attend(event: AttendEvent, engine: str) -> Callable[[], object]:
+    """The call of an event as rollouts make it, whose keys carry their log-counts."""
+    q, k, log_count, head_dim = event.q, event.k, event.log_count, event.q.shape[-1]
+    if event.stream == "self" and log_count is not None:
+        width = engines.key_width(engine, head_dim)
+        q, k = augment_queries(q, width), augment_keys(k, log_count, width)
+        log_count = None
+    options: dict[str, Any] = {"log_count": log_count, "plan": event.plan, "engine": engine}
+    if q.shape[-1] > head_dim:
+        options["head_dim"] = head_dim
+    return lambda: engines.attend(q, k, event.v, **options)
 
 
 PARTS: tuple[Part, ...] = (pass_parts, linear_parts, attention_parts)

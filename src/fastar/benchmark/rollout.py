@@ -145,7 +145,8 @@ class _Table:
             "cache_slots": cache.slots_used(),
             "layers": workload.layers,
             "engine": course.rollout.state.engine,
-            "captured": workload.capture,
+            "captured": course.captured,
+            "execution": str(workload.execution),
             "weights": workload.weights,
         }
 

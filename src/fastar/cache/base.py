@@ -6,6 +6,7 @@ Legend: B batch, H heads, S slots, L tokens of a commit, D head dim; tensors are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,22 @@ from fastar.attention.rope import RotaryEmbedding
 if TYPE_CHECKING:
     from fastar.cache.lineage import Lineage
 
+Execute = Callable[[Callable[[], int]], int]
+"""Does a piece of work on the device, or does again what it did before (`fastar.rollout.capture`)."""
+
+
+def at_once(work: Callable[[], int]) -> int:
+    """`Execute` as a plain call."""
+    return work()
+
 
 @dataclass(frozen=True)
 class CacheSpec:
     """Sizes of the attention calls a cache will serve.
 
     `chunk_frames` is how many frames are compressed at a time: longer commits (a prefill) are taken in such blocks, so
-    that filling a cache at once equals filling it chunk by chunk, and a budget must hold at least one.
+    that filling a cache at once equals filling it chunk by chunk, and a budget must hold at least one. `key_width` is
+    how wide the attention engine wants the keys to lie in memory (`fastar.engines.key_width`); None: `head_dim`.
     """
 
     num_layers: int
@@ -36,6 +46,7 @@ class CacheSpec:
     compute_dtype: torch.dtype
     device: torch.device
     chunk_frames: int = 4
+    key_width: int | None = None
 
     @property
     def dense_frame_bytes(self) -> int:
@@ -76,6 +87,17 @@ class CacheView:
     origins: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Room:
+    """A layer's slots where they lie, with memory for the current tokens behind them: what attention reads.
+
+    k: [B, H, S + tokens, W], W the `CacheSpec.key_width`, what is beyond head_dim for the engine. v: [B, H, S + tokens, D].
+    """
+
+    k: Tensor
+    v: Tensor
+
+
 class CachePolicy(ABC):
     """What is kept of the past. One instance serves one rollout: configure, `bind`, then passes.
 
@@ -85,6 +107,11 @@ class CachePolicy(ABC):
 
     def __init__(self) -> None:
         self._spec: CacheSpec | None = None
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a view may ever have log-counts, so that keys lie in memory with room for them."""
+        return True
 
     @property
     def is_bound(self) -> bool:
@@ -112,13 +139,37 @@ class CachePolicy(ABC):
     def view(self, layer: int) -> CacheView:
         """The layer's past, up-cast or dequantised; the caller keeps it between commits if it needs it again."""
 
+    def room(self, layer: int, tokens: int) -> Room | None:
+        """The slots of `view` with memory for `tokens` more, which the next commit may take in without a copy.
+
+        None if `view` is not to be had in memory: attention then reads a copy. What is behind the slots is not part of
+        the cache, and is lost when it changes.
+        """
+        return None
+
     @abstractmethod
     def stage(self, layer: int, staged: Staged) -> None:
         """Hand in a layer's tokens; nothing changes before `commit`."""
 
     @abstractmethod
-    def commit(self, first_frame: int, num_frames: int) -> None:
-        """Take in what all layers staged: frames [first_frame, first_frame + num_frames)."""
+    def commit(self, first_frame: int, num_frames: int, execute: Execute = at_once) -> None:
+        """Take in what all layers staged: frames [first_frame, first_frame + num_frames).
+
+        `execute` does the work on the device, of policies that have a `layout`; others do it at once.
+        """
+
+    def layout(self) -> tuple[int, ...] | None:
+        """Numbers that change whenever passes or commits find other sizes or another place in memory.
+
+        As long as they stay, every pass of one kind, and every commit, does the same work on the same memory, and waits
+        for nothing: it can be captured. None: this policy cannot promise that.
+        """
+        return None
+
+    @property
+    def staged(self) -> Mapping[int, Staged]:
+        """What was handed in since the last commit, by layer."""
+        raise ValueError(f"{type(self).__name__} does not say what is staged")
 
     @abstractmethod
     def discard(self) -> None:

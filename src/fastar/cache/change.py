@@ -136,6 +136,7 @@ class Edit:
         self._places: dict[str, Tensor] = {}  # by field: rows that are written
         self._moves: dict[str, list[_Move]] = {}  # by field: what moves, in order
         keep, arrived = change.keep, change.slots.new.size
+        self._new = self._arrivals(change, buffer)
         known: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
         for name, tensor in buffer.fields.items():
             lead = tuple(tensor.shape[:2])
@@ -147,6 +148,18 @@ class Edit:
                 self._places[name] = place.flatten()
             if moving is not None and name not in change.whole:
                 self._moves[name] = list(self._plan(moving, tensor))
+
+    @staticmethod
+    def _arrivals(change: Change, buffer: Slots) -> Slots:
+        """Fields of arrivals that are to be written; copied, where they lie behind the slots and their place begins.
+
+        That is the case in the commit that fills a buffer up: later ones move them by their own length.
+        """
+        old, arrived = change.slots.old.size, change.slots.new.size
+        overlapping = old < change.size < old + arrived
+        fields = {name: x for name, x in change.slots.new.fields.items() if name not in change.whole}
+        behind = [name for name in fields if _shares_memory(fields[name], buffer[name])]
+        return Slots(fields | {name: fields[name].clone() for name in behind if overlapping})
 
     def _plan(self, source: Tensor, tensor: Tensor) -> Iterator[_Move]:
         """Slots from the change's first on come from rows `source` [B, H, K], a stretch at a time."""
@@ -170,12 +183,13 @@ class Edit:
                 torch.index_select(rows, 0, move.source, out=passing)
                 target = tensor[:, :, move.start : move.stop]
                 target.copy_(passing.view(target.shape))
-        new = change.slots.new
-        for name, tensor in buffer.fields.items():
-            if name in change.whole:
-                tensor[:, :, : self.size] = change.whole[name]
-            else:
-                tensor[:, :, self.size - new.size : self.size] = new[name]
+        for name, tensor in change.whole.items():
+            buffer[name][:, :, : self.size] = tensor
+        Slots({name: buffer[name] for name in self._new.fields}).write(self.size - self._new.size, self._new)
+
+
+def _shares_memory(x: Tensor, other: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _rows(tensor: Tensor) -> Tensor:

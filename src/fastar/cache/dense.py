@@ -23,7 +23,7 @@ class DenseCache(SlotPolicy):
         return Change(slots)
 
     def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
-        return self._encode(self._staged[layer]), {}  # what arrives, without a copy of the history
+        return self.encode(self._staged[layer]), {}  # what arrives, without a copy of the history
 
     def _take_in(self, prepared: Prepared) -> int:
         # What lies beyond `filled` is invisible until the commit ends.

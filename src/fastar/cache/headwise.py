@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Staged, at_once
 from fastar.cache.budget import Budget, BudgetedPolicy
 from fastar.cache.head_errors import HeadErrors
 from fastar.cache.lineage import Lineage, PartOfHeads
@@ -149,7 +149,7 @@ class HeadwiseCache(CachePolicy):
         return parts
 
     def _spec_of(self, heads: int) -> CacheSpec:
-        return replace(self.spec, num_layers=1, num_heads=heads)
+        return replace(self.spec, num_layers=1, num_heads=heads, key_width=None)
 
     def _on_paper(self, make: MakePolicy, heads: int) -> BudgetedPolicy:
         """A policy without memory, to ask what its slots cost."""
@@ -170,7 +170,7 @@ class HeadwiseCache(CachePolicy):
         for group in self.groups:
             group.policy.discard()
 
-    def commit(self, first_frame: int, num_frames: int) -> None:
+    def commit(self, first_frame: int, num_frames: int, execute: Execute = at_once) -> None:
         ready = [group.policy.prepare(first_frame, num_frames) for group in self.groups]
         for group, results in zip(self.groups, ready, strict=True):
             group.policy.finish(results, first_frame, num_frames)

@@ -20,8 +20,12 @@ def query_moment(queries: Tensor, kind: Moment) -> Tensor:
     queries = queries.float()
     if kind == "diagonal":
         return queries.square().mean(2)
-    moment = queries.mT @ queries / queries.shape[2]
-    row, column = _triangle(queries.shape[-1], queries.device)
+    return pack_moment(queries.mT @ queries / queries.shape[2])
+
+
+def pack_moment(moment: Tensor) -> Tensor:
+    """A full moment [B, H, D, D] as it is stored: its lower triangle."""
+    row, column = _triangle(moment.shape[-1], moment.device)
     return moment[..., row, column]
 
 

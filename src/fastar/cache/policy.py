@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Room, Staged, at_once
+from fastar.cache.buffers import SlotBuffers
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.lineage import Lineage, PartOfHeads
 from fastar.cache.slots import (
@@ -33,14 +34,16 @@ class SlotOptions(TypedDict, total=False):
 
 
 Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
-"""By layer: slots, or what is to be done to them in place, and extras after a commit that has not happened yet."""
+"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place, and
+extras after a commit that has not happened yet, those of several layers one after the other."""
 
 
 class SlotPolicy(CachePolicy):
     """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
 
     A layer's slots live in one buffer, at one address. A commit first works out what is to be done to all layers
-    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing).
+    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing). Where
+    the slots are as attention wants them, it reads them there, with the current chunk behind them (`room`).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
 
@@ -58,7 +61,7 @@ class SlotPolicy(CachePolicy):
             raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(DTYPES)}")
         self._format = SlotFormat(slot_bits, DTYPES[storage], quant_group or 64)
         self._quant_group = quant_group
-        self._buffers: list[Slots] = []
+        self._buffers = SlotBuffers()
         self._extras: list[dict[str, Tensor]] = []
         self._staged: dict[int, Staged] = {}
         self.filled = 0  # slots in use, the same in all layers and heads
@@ -78,9 +81,17 @@ class SlotPolicy(CachePolicy):
         Must not write to `slots`. May replace entries of `extras`, a fresh dict.
         """
 
+    @property
+    def counts_tokens(self) -> bool:
+        return type(self)._log_count is not SlotPolicy._log_count
+
     def capacity_slots(self) -> int | None:
         """Slots a layer and head may hold; None if unbounded."""
         return None
+
+    def spare_slots(self) -> int:
+        """Room behind a layer's slots, for arrivals that pass through it in a commit."""
+        return 0
 
     def verbatim_slots(self) -> int:
         """How many of the newest slots stay as they came once the cache is full."""
@@ -107,6 +118,10 @@ class SlotPolicy(CachePolicy):
     def follow(self, lineage: Lineage | PartOfHeads) -> None:
         self._lineage = lineage
 
+    def is_followed(self) -> bool:
+        """Whether `note_merges` tells anyone."""
+        return self._lineage is not None
+
     # -- the life of a cache -------------------------------------------------------------------------------------
 
     def bind(self, spec: CacheSpec) -> None:
@@ -119,8 +134,13 @@ class SlotPolicy(CachePolicy):
         except ValueError:
             self._spec = None
             raise
-        empty = self._encode_empty()
-        self._buffers = [empty.empty(capacity or 0) for _ in range(spec.num_layers)]
+        self._buffers = SlotBuffers(
+            self._encode_empty(),
+            layers=spec.num_layers,
+            size=(capacity or 0) + self.spare_slots(),
+            key_width=spec.key_width if self._read_in_place else None,
+            together=capacity is not None,
+        )
         self._extras = [self.new_extras() for _ in range(spec.num_layers)]
 
     def stage(self, layer: int, staged: Staged) -> None:
@@ -142,30 +162,27 @@ class SlotPolicy(CachePolicy):
     def discard(self) -> None:
         self._staged.clear()
 
-    def commit(self, first_frame: int, num_frames: int) -> None:
-        self.finish(self.prepare(first_frame, num_frames), first_frame, num_frames)
+    def commit(self, first_frame: int, num_frames: int, execute: Execute = at_once) -> None:
+        self._admit(first_frame, num_frames)
+        self._advance(execute(lambda: self._take_in(self._compute())), first_frame, num_frames)
 
     @torch.no_grad()
     def prepare(self, first_frame: int, num_frames: int) -> Prepared:
         """The first half of a commit: all that can fail, computed aside; slots and counters stay as they are."""
-        self._check_commit(first_frame, num_frames)
-        if self._lineage is not None:
-            self._lineage.arrive(self._staged[0].positions)
-        scratch = Scratch()
-        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+        self._admit(first_frame, num_frames)
+        return self._compute()
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, first_frame: int, num_frames: int) -> None:
         """The second half: make what was prepared the current state."""
-        offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
-        if self.next_frame == 0:
-            self.first_frame = self.exact_from = first_frame
-        self.filled = self._take_in(prepared)
-        self.next_frame = first_frame + num_frames
-        if capacity is not None and offered > capacity:
-            verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
-            self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
-        self._staged.clear()
+        self._advance(self._take_in(prepared), first_frame, num_frames)
+
+    @property
+    def staged(self) -> Mapping[int, Staged]:
+        return dict(self._staged)
+
+    def layout(self) -> tuple[int, ...] | None:
+        return (self.filled, self._buffers.generation)
 
     def view(self, layer: int) -> CacheView:
         spec, slots = self.spec, self._buffers[layer].narrow(0, self.filled)
@@ -174,6 +191,18 @@ class SlotPolicy(CachePolicy):
             return CacheView(k, v, None, None)
         positions = unpack_positions(slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
         return CacheView(k, v, self._log_count(slots), positions)
+
+    def room(self, layer: int, tokens: int) -> Room | None:
+        if not self._read_in_place:
+            return None
+        # a cache that is to be full some day has its memory, and keeps its address, from the first pass on
+        self._reserve(max(self.filled, self.capacity_slots() or 0) + tokens, keep=self.filled)
+        return Room(*(x[:, :, : self.filled + tokens] for x in self._buffers.keys_values(layer)))
+
+    @property
+    def _read_in_place(self) -> bool:
+        """Whether slots are in memory as attention wants them."""
+        return self._format.bits == 16 and self._format.dtype == self.spec.compute_dtype
 
     def drop_from(self, first_frame: int) -> None:
         self.check_drop(first_frame)
@@ -208,8 +237,8 @@ class SlotPolicy(CachePolicy):
         return self.spec.num_layers * (capacity * self.slot_bytes() + self.extras_bytes())
 
     def working_bytes(self) -> int:
-        """Bytes allocated beyond `bytes_used`: slots reserved and not yet filled."""
-        return sum(buffer.narrow(self.filled, buffer.size).nbytes for buffer in self._buffers)
+        """Bytes allocated beyond `bytes_used`: slots not filled, among them the current chunk's, and an engine's own."""
+        return self._buffers.nbytes - sum(buffer.narrow(0, self.filled).nbytes for buffer in self._buffers)
 
     def slot_bytes(self) -> int:
         """Bytes of one slot of one layer in all batch elements and heads, metadata included."""
@@ -253,6 +282,28 @@ class SlotPolicy(CachePolicy):
 
     # -- internals -----------------------------------------------------------------------------------------------
 
+    def _admit(self, first_frame: int, num_frames: int) -> None:
+        """What of a commit is the host's: may these frames enter, and who follows them."""
+        self._check_commit(first_frame, num_frames)
+        if self._lineage is not None:
+            self._lineage.arrive(self._staged[0].positions)
+
+    @torch.no_grad()
+    def _compute(self) -> Prepared:
+        return self._commit_layers(Scratch())
+
+    def _advance(self, filled: int, first_frame: int, num_frames: int) -> None:
+        """Count frames that have been taken in, which left `filled` slots."""
+        offered, capacity = self.filled + num_frames * self.spec.tokens_per_frame, self.capacity_slots()
+        if self.next_frame == 0:
+            self.first_frame = self.exact_from = first_frame
+        self.filled = filled
+        self.next_frame = first_frame + num_frames
+        if capacity is not None and offered > capacity:
+            verbatim_frames = self.verbatim_slots() // self.spec.tokens_per_frame
+            self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
+        self._staged.clear()
+
     def _check_commit(self, first_frame: int, num_frames: int) -> None:
         spec = self.spec
         missing = [layer for layer in range(spec.num_layers) if layer not in self._staged]
@@ -281,11 +332,14 @@ class SlotPolicy(CachePolicy):
                     f"and rows and columns must stay below {MAX_SIDE}"
                 )
 
+    def _commit_layers(self, scratch: Scratch) -> Prepared:
+        return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
+
     def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
         slots, extras = self._buffers[layer].narrow(0, self.filled), dict(self._extras[layer])
         blocks = list(self._blocks(self._staged[layer]))
         for block in blocks:
-            result = self.absorb(layer, Joined(slots, self._encode(block)), block.k.shape[2], block, extras)
+            result = self.absorb(layer, Joined(slots, self.encode(block)), block.k.shape[2], block, extras)
             if isinstance(result, Change):
                 if len(blocks) == 1 and result.arrivals_stay:
                     return Edit(result, self._buffers[layer], scratch), extras
@@ -301,7 +355,7 @@ class SlotPolicy(CachePolicy):
             q_raw, k_raw, k, v = (x[:, :, part] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
             yield Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions[part])
 
-    def _encode(self, staged: Staged) -> Slots:
+    def encode(self, staged: Staged) -> Slots:
         """Newly arrived tokens as slots."""
         shape = (*self.metadata_shape(), staged.k.shape[2])
         position = pack_positions(staged.positions).expand(shape)
@@ -313,8 +367,9 @@ class SlotPolicy(CachePolicy):
         spec = self.spec
         zero = torch.zeros(spec.batch, spec.num_heads, 1, spec.head_dim, device=spec.device)
         positions = torch.zeros(1, 3, dtype=torch.long, device=spec.device)
-        return self._encode(Staged(zero, zero, zero, zero, positions))
+        return self.encode(Staged(zero, zero, zero, zero, positions))
 
+    @torch.no_grad()
     def _take_in(self, prepared: Prepared) -> int:
         """Make what a commit computed the current state of all layers; the number of slots now filled."""
         self._store(prepared)
@@ -323,20 +378,22 @@ class SlotPolicy(CachePolicy):
     def _store(self, layers: Prepared) -> None:
         """Put slots and extras in place of the current ones. Buffers that suffice are kept, at their address."""
         self._reserve(layers[0][0].size, keep=0)
-        for layer, (result, extras) in enumerate(layers):
+        together = self.spec.num_layers // len(layers)
+        for number, (result, extras) in enumerate(layers):
+            of_these = range(number * together, (number + 1) * together)
+            buffer = self._buffers.part(of_these)
             if isinstance(result, Edit):
-                result.apply(self._buffers[layer])
+                result.apply(buffer)
             else:
-                self._buffers[layer].write(0, result)
-            self._extras[layer] = extras
+                buffer.write(0, result)
+            for name, tensor in extras.items():  # at their addresses, where a captured commit reads them
+                for layer, new in zip(of_these, tensor.chunk(together), strict=True):
+                    self._extras[layer][name].copy_(new)
 
     def _reserve(self, size: int, keep: int) -> None:
-        """Have room for `size` slots in all layers; a growing buffer doubles and takes its first `keep` slots along."""
-        if size > self._buffers[0].size:
-            grown = [buffer.empty(max(size, 2 * buffer.size)) for buffer in self._buffers]
-            for new, old in zip(grown, self._buffers, strict=True):
-                new.write(0, old.narrow(0, keep))
-            self._buffers = grown
+        """Have room for `size` slots in all layers; a growing buffer takes its first `keep` slots along."""
+        self._buffers.reserve(size, keep, double=self.capacity_slots() is None)
+
 
     def _log_count(self, slots: Slots) -> Tensor | None:
         return None

@@ -109,14 +109,21 @@ class Slots:
         """The same slots with some tensors exchanged."""
         return Slots({**self.fields, **fields})
 
-    def empty(self, size: int) -> Slots:
-        """Zeroed slots of the same kind, `size` of them."""
-        return Slots({name: t.new_zeros(*t.shape[:2], size, *t.shape[3:]) for name, t in self.fields.items()})
+    def empty(self, size: int, copies: int = 1) -> Slots:
+        """Zeroed slots of the same kind, `size` of them, and that `copies` times along the first axis."""
+        return Slots(
+            {
+                name: t.new_zeros(copies * t.shape[0], t.shape[1], size, *t.shape[3:])
+                for name, t in self.fields.items()
+            }
+        )
 
     def write(self, start: int, other: Slots) -> None:
-        """Copy `other` over the slots from `start` on, in place."""
+        """Copy `other` over the slots from `start` on, in place, unless it is what lies there."""
         for name, tensor in self.fields.items():
-            tensor[:, :, start : start + other.size] = other[name]
+            target, source = tensor[:, :, start : start + other.size], other[name]
+            if target.data_ptr() != source.data_ptr() or target.stride() != source.stride():
+                target.copy_(source)
 
     @staticmethod
     def cat(*parts: Slots) -> Slots:

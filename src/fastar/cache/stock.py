@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastar.attention.context import PassContext
-from fastar.cache.base import CacheSpec, CacheView, Staged
+from fastar.cache.base import CacheSpec, CacheView, Room, Staged
 from fastar.cache.policy import SlotOptions, SlotPolicy
 from fastar.cache.slots import Slots
 
@@ -85,15 +85,24 @@ class StockWindow(SlotPolicy):
         whole = super().view(layer)
         if whole.positions is None:
             return whole
+        stop, start, apart = self._reads()
+        view = _cut(whole, stop, start)
+        return self._moved(view, stop, apart) if apart else view
+
+    def room(self, layer: int, tokens: int) -> Room | None:
+        stop, start, apart = self._reads()
+        return super().room(layer, tokens) if stop == start and not apart else None
+
+    def _reads(self) -> tuple[int, int, int]:
+        """Slots before the first number are read, and from the second on; the former as if so many frames later."""
         own, first_frame, no_sink = self._reader
         sink = min(self._slots(self.sink_frames), self.filled)
         room = self._slots(max(0, self.attended_frames - own - (0 if no_sink else self.sink_frames)))
         start = max(0 if no_sink else sink, self.filled - room)
         if no_sink:
-            return _cut(whole, 0, start)
-        view = _cut(whole, sink, start)
+            return 0, start, 0
         apart = first_frame - (self.filled - start + sink) // self.spec.tokens_per_frame - self.first_frame
-        return self._moved(view, sink, apart) if self.move_sink and sink and apart > 0 else view
+        return sink, start, apart if self.move_sink and sink and apart > 0 else 0
 
     def check_drop(self, first_frame: int) -> None:
         """Any frames can be dropped: those that have left the window are simply not there."""

@@ -7,21 +7,24 @@ fixed instead of a threshold: of all slots, the merges that cost least are done,
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
+from fastar.ann.launch import check_triton
 from fastar.ann.similarity import SIMILARITIES, Similarity
 from fastar.cache.allocation import Candidates, choose, match, renew
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
-from fastar.cache.change import Change, Joined
+from fastar.cache.change import Change, Joined, Scratch
+from fastar.cache.fused_commit import plan
 from fastar.cache.merge import Representative, Weighting, flat_index, joins_of, rows_of, segment_sum
 from fastar.cache.middle import MatchSpace, MergedValue, MergeRules, Middle
 from fastar.cache.moments import Moment, moment_shape, query_moment
+from fastar.cache.policy import Prepared
 from fastar.cache.slots import Slots
 
 _MAX_COUNT = torch.iinfo(torch.int16).max
@@ -60,6 +63,14 @@ class TempCache(BudgetedPolicy):
         moment_horizon: blocks (of `chunk_frames`) that the running moment averages over.
         matcher: how an arrival's partners are found; exact by default. Partners are searched anew among all newer slots
             by what goes with it (`Matcher.exact`).
+        commit_by: `plain`: layer by layer, in PyTorch and with `matcher`: the definition. `fused`: the same steps for
+            many layers at once by Triton kernels (`fastar.cache.fused`), with features in the dtype of the slots and
+            an exact search of their own; for the default similarity, slots of 16 bits and groups that each head makes
+            for itself. Commits of several chunks (a prefill) are plain.
+        match_width: with `fused`, numbers that the search compares: a power of two, at least 16, of random directions
+            of the 2 D features. Costs are of all features whatever it is. None: all.
+        layers_at_once: with `fused`, most layers whose plans are made together; more need more memory for the moment,
+            4 D bytes a slot and head each.
         budget: see `BudgetedPolicy`.
     """
 
@@ -82,6 +93,9 @@ class TempCache(BudgetedPolicy):
         moment: Moment = "full",
         moment_horizon: int = 64,
         matcher: Matcher | None = None,
+        commit_by: Literal["plain", "fused"] = "plain",
+        match_width: int | None = None,
+        layers_at_once: int = 30,
         **budget: Unpack[BudgetOptions],
     ) -> None:
         super().__init__(**budget)
@@ -104,6 +118,32 @@ class TempCache(BudgetedPolicy):
         self.recent_frames, self.recent_share = recent_frames, recent_share
         self.rounds, self.refresh, self.moment, self.moment_horizon = rounds, refresh, moment, moment_horizon
         self.matcher = ExactMatcher() if matcher is None else matcher
+        self.commit_by, self.match_width, self.layers_at_once = commit_by, match_width, layers_at_once
+        self._check_commit_by()
+
+    def _check_commit_by(self) -> None:
+        check_choice("commit_by", self.commit_by, ("plain", "fused"))
+        if self.commit_by == "plain":
+            if self.match_width is not None:
+                raise ValueError("match_width is for commit_by=fused: leave it null, or choose that")
+            return
+        check_triton()
+        wanted = {
+            "similarity": "expected_logit_change", "match_space": "roped", "value": "mean", "per_head": True,
+            "moment": "full",
+        }  # fmt: skip
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"commit_by=fused needs {name}={value}, got {getattr(self, name)}")
+        if self.key == "medoid" or self._format.bits != 16:
+            raise ValueError(
+                f"commit_by=fused needs key=mean or last and slot_bits=16, got {self.key} and {self._format.bits}"
+            )
+        width = self.match_width
+        if width is not None and (width < 16 or width & (width - 1)):
+            raise ValueError(f"match_width must be a power of two and at least 16, got {width}")
+        if self.layers_at_once < 1:
+            raise ValueError(f"layers_at_once must be at least 1, got {self.layers_at_once}")
 
     # -- what a slot and a layer keep ----------------------------------------------------------------------------
 
@@ -136,6 +176,10 @@ class TempCache(BudgetedPolicy):
         room = self.capacity_slots() - self._least_slots()
         return max(0, min(int(self.recent_share * self.capacity_slots()), room)) // chunk * chunk
 
+    def spare_slots(self) -> int:
+        chunk = self.spec.chunk_frames * self.spec.tokens_per_frame
+        return chunk if self.commit_by == "fused" and self.verbatim_slots() < chunk else 0
+
     def reserved_slots(self) -> int:
         return self._least_slots() + (self.recent_frames or 0) * self.spec.tokens_per_frame
 
@@ -148,6 +192,24 @@ class TempCache(BudgetedPolicy):
         if not self.log_count or seen <= self.filled:
             return None  # nothing has been merged yet
         return slots["count"].float().log().expand(self.spec.batch, self.spec.num_heads, -1)
+
+    # -- a commit of many layers at once ---------------------------------------------------------------------------
+
+    def _commit_layers(self, scratch: Scratch) -> Prepared:
+        spec, staged = self.spec, self._staged
+        if self.commit_by == "plain" or staged[0].k.shape[2] > spec.chunk_frames * spec.tokens_per_frame:
+            return super()._commit_layers(scratch)
+        together = max(n for n in range(1, self.layers_at_once + 1) if spec.num_layers % n == 0)
+        prepared: Prepared = []
+        for first in range(0, spec.num_layers, together):
+            layers = range(first, first + together)
+            extras = {
+                name: torch.cat([self._extras[layer][name] for layer in layers]) for name in self._extras[0]
+            }
+            own = [staged[layer] for layer in layers]
+            with torch.cuda.device_of(own[0].k):  # Triton launches on the current device
+                prepared.append(plan(self, layers, self._buffers.part(layers), own, extras, scratch))
+        return prepared
 
     # -- a commit ------------------------------------------------------------------------------------------------
 

@@ -92,6 +92,10 @@ class TempCachePaper(SlotPolicy):
                 "and keeps none apart; use cache=tempcache with recent_frames, or a dense or window cache"
             )
 
+    def layout(self) -> None:
+        """None: how many slots a commit fills depends on what arrives, and the host has to know."""
+        return None
+
     def _log_count(self, slots: Slots) -> Tensor:
         count = slots["count"].float()
         return (count if self.log_count else count.clamp_max(1)).log()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastar.engines.augmented import EXTRA
 from fastar.engines.plan import WILDCARD, BlockPlan
 from fastar.engines.registry import AttentionCall, Engine, get, names, resolve
 
@@ -23,6 +24,7 @@ __all__ = [
     "EngineChoice",
     "attend",
     "get",
+    "key_width",
     "names",
     "resolve",
 ]
@@ -39,6 +41,17 @@ class EngineChoice:
         return resolve(self.name, device)
 
 
+def key_width(engine: str, head_dim: int) -> int:
+    """Width at which an engine wants keys that carry their log-counts stored, 144 to 192 for heads of 128.
+
+    Keys kept at this width (`fastar.engines.augmented`) are attended to with `head_dim=` and without a copy.
+
+    Args:
+        engine: a name that `resolve` returned.
+    """
+    return get(engine).key_width(head_dim)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -46,10 +59,12 @@ def attend(
     *,
     log_count: Tensor | None = None,
     plan: BlockPlan | None = None,
+    lengths: Tensor | None = None,
+    head_dim: int | None = None,
     engine: str = "auto",
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of q over k and v, softmax scale 1/sqrt(D).
+    """Attention of q over k and v, softmax scale 1/sqrt(D), or 1/sqrt(head_dim) if that is given.
 
     Args:
         q: [B, H, Lq, D]. k: [B, H, Lk, D]. v: [B, H, Lk, Dv]; one dtype and device.
@@ -57,6 +72,10 @@ def attend(
             to its logits (paper section 3, TempCache lemma). -inf marks an empty slot, which is never
             attended.
         plan: block pairs to execute; None means all.
+        lengths: [B, H] int32, how many keys each head has; those behind are not attended to. None means all.
+        head_dim: the true head dim if q and k carry the log-counts in extra coordinates already
+            (fastar/engines/augmented.py); log_count must then be None. Empty slots are then keys of negligible weight:
+            a query that has nothing else to attend to gets their mean.
         engine: `auto` or an engine's name; resolve it once per rollout and pass the result.
         return_lse: also return the natural log-sum-exp of each query's logits.
 
@@ -67,8 +86,20 @@ def attend(
     Raises:
         ValueError: on shapes that do not fit, an unknown engine, or an engine that cannot execute the call.
     """
-    call = AttentionCall(q, k, v, _check_inputs(q, k, v, log_count, plan), plan, return_lse)
+    log_count = _check_inputs(q, k, v, log_count, plan)
+    _check_head_dim(q, log_count, head_dim)
     chosen = get(resolve(engine, q.device))
+    if lengths is not None and tuple(lengths.shape) != tuple(k.shape[:2]):
+        raise ValueError(f"lengths {tuple(lengths.shape)} must be [batch, heads] = {tuple(k.shape[:2])}")
+    lengths = None if lengths is None else lengths.to(torch.int32)
+    if lengths is not None and not chosen.takes_lengths:
+        if head_dim is not None:
+            raise ValueError(
+                f"attention engine '{chosen.name}' takes no lengths beside keys that carry their log-counts: "
+                "write log-counts of -inf into the keys behind them"
+            )
+        log_count, lengths = _cut(log_count, lengths, k.shape[2]), None
+    call = AttentionCall(q, k, v, log_count, plan, return_lse, head_dim, lengths)
     reason = chosen.unfit_for(call)
     if reason is not None:
         raise ValueError(f"attention engine '{chosen.name}' cannot execute this call: {reason}")
@@ -97,3 +128,22 @@ def _check_inputs(
             f"log_count {tuple(log_count.shape)} does not broadcast to "
             f"[batch, heads, keys] = {tuple(k.shape[:3])}"
         ) from error
+
+
+def _check_head_dim(q: Tensor, log_count: Tensor | None, head_dim: int | None) -> None:
+    if head_dim is None:
+        return
+    if log_count is not None:
+        raise ValueError("with head_dim the keys carry their log-counts: pass one of head_dim and log_count")
+    if not 0 < head_dim <= q.shape[3] - EXTRA:
+        raise ValueError(
+            f"heads of {q.shape[3]} numbers cannot hold head_dim={head_dim} and {EXTRA} coordinates for log-counts"
+        )
+
+
+def _cut(log_count: Tensor | None, lengths: Tensor, keys: int) -> Tensor:
+    """Log-counts [B, H, Lk], -inf from each head's length on."""
+    behind = torch.arange(keys, device=lengths.device) >= lengths[..., None]
+    if log_count is None:
+        log_count = torch.zeros((), device=lengths.device).expand(behind.shape)
+    return log_count.masked_fill(behind, -torch.inf)

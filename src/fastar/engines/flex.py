@@ -17,7 +17,7 @@ import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from fastar.engines.plan import BlockPlan, inverse_order, share_tag
+from fastar.engines.plan import BlockPlan, inverse_order, share_tag, take_rows
 from fastar.engines.registry import AttentionCall, Engine
 
 _SMALLEST_TILE = 16  # rows or columns of a tensor-core product
@@ -35,15 +35,14 @@ def block_mask(plan: BlockPlan) -> BlockMask:
     """The plan as FlexAttention's BlockMask, in plan order; built on the device without a host sync."""
     mask_mod = None
     if plan.query_tags is not None and plan.key_tags is not None:
-        query_tags = plan.query_tags.gather(2, plan.query_order)
-        key_tags = plan.key_tags.gather(2, plan.key_order)
+        query_tags = plan.query_tags.gather(2, plan.query_index)
+        key_tags = plan.key_tags.gather(2, plan.key_index)
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return share_tag(query_tags[b, h, i], key_tags[b, h, j])
 
     return BlockMask.from_kv_blocks(
-        plan.block_mask.sum(-1, dtype=torch.int32),
-        torch.argsort(plan.block_mask.logical_not().to(torch.uint8), dim=-1, stable=True).to(torch.int32),
+        *plan.listed(),
         BLOCK_SIZE=(plan.block_q, plan.block_k),
         mask_mod=mask_mod,
         seq_lengths=(plan.num_queries, plan.num_keys),
@@ -57,8 +56,10 @@ def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if q.is_cuda:
         arguments["kernel_options"] = {"BACKEND": "TRITON"}
     if plan is not None:
-        q, k, v = _rows(q, plan.query_order), _rows(k, plan.key_order), _rows(v, plan.key_order)
-        log_count = None if log_count is None else log_count.gather(2, plan.key_order)
+        q = take_rows(q, plan.query_order)
+        k, v = take_rows(k, plan.key_order), take_rows(v, plan.key_order)
+        if log_count is not None and plan.key_order is not None:
+            log_count = log_count.gather(2, plan.key_order)
         arguments["block_mask"] = block_mask(plan)
         if q.is_cuda:
             arguments["kernel_options"] |= {"BLOCK_M": _tile(plan.block_q), "BLOCK_N": _tile(plan.block_k)}
@@ -76,15 +77,10 @@ def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             lse = aux.lse
         else:
             out = _compiled()(q, k, v, **arguments)
-    if plan is not None:
+    if plan is not None and plan.query_order is not None:
         back = inverse_order(plan.query_order)
-        out, lse = _rows(out, back), None if lse is None else lse.gather(2, back)
+        out, lse = take_rows(out, back), None if lse is None else lse.gather(2, back)
     return out, lse
-
-
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    """x [B, H, L, D] with its tokens in `order` [B, H, L]."""
-    return x.gather(2, order[..., None].expand(*order.shape, x.shape[-1]))
 
 
 def _tile(block: int) -> int:

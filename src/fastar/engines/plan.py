@@ -23,8 +23,8 @@ class BlockPlan:
 
     Attributes:
         query_order: [B, H, Lq] int64 permutation; entry i is the original index of the i-th query in plan
-            order.
-        key_order: [B, H, Lk] int64 permutation, likewise. Empty slots, if any, come last.
+            order. None: the queries already are in plan order.
+        key_order: [B, H, Lk] int64 permutation or None, likewise. Empty slots, if any, come last.
         block_q, block_k: tokens per block; the last block of either axis may be shorter.
         block_mask: [B, H, ceil(Lq / block_q), ceil(Lk / block_k)] bool, True where a block pair is executed.
         live_keys: [B, H] number of keys that are not empty slots, or None if all are live.
@@ -35,13 +35,16 @@ class BlockPlan:
             is still that of whole blocks.
         bucket_pairs: [B, H] pairs of a query and a cached key that share a bucket, in the executed blocks; None if the
             plan was not made of buckets. For measures alone.
+        lengths: (Lq, Lk), needed where an order is None.
+        block_lists: block_mask as lists: how many key blocks each query block reads, [B, H, query blocks] int32, and
+            which, [B, H, query blocks, any] int32, ascending. None: made of the mask at every call that wants them.
 
     Raises:
         ValueError: if the shapes do not fit each other.
     """
 
-    query_order: Tensor
-    key_order: Tensor
+    query_order: Tensor | None
+    key_order: Tensor | None
     block_q: int
     block_k: int
     block_mask: Tensor
@@ -50,34 +53,61 @@ class BlockPlan:
     query_tags: Tensor | None = None
     key_tags: Tensor | None = None
     bucket_pairs: Tensor | None = None
+    lengths: tuple[int, int] | None = None
+    block_lists: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_k < 1:
             raise ValueError(f"block sizes must be at least 1, got {self.block_q} and {self.block_k}")
-        blocks = (-(-self.num_queries // self.block_q), -(-self.num_keys // self.block_k))
-        expected = (*self.query_order.shape[:2], *blocks)
-        if self.key_order.shape[:2] != self.query_order.shape[:2] or tuple(self.block_mask.shape) != expected:
+        if self.lengths is None and (self.query_order is None or self.key_order is None):
+            raise ValueError("a plan without an order of its queries or keys needs lengths=(queries, keys)")
+        orders = {"query": (self.query_order, self.num_queries), "key": (self.key_order, self.num_keys)}
+        lead = next((x.shape[:2] for x, _ in orders.values() if x is not None), self.block_mask.shape[:2])
+        for name, (order, length) in orders.items():
+            if order is not None and tuple(order.shape) != (*lead, length):
+                raise ValueError(f"{name}_order must be {(*lead, length)}, got {tuple(order.shape)}")
+        expected = (*lead, -(-self.num_queries // self.block_q), -(-self.num_keys // self.block_k))
+        if tuple(self.block_mask.shape) != expected:
             raise ValueError(
-                f"a plan of {tuple(self.query_order.shape)} queries in blocks of {self.block_q} and "
-                f"{tuple(self.key_order.shape)} keys in blocks of {self.block_k} needs a block mask of "
-                f"{expected}, got {tuple(self.block_mask.shape)}"
+                f"a plan of {self.num_queries} queries in blocks of {self.block_q} and {self.num_keys} keys in "
+                f"blocks of {self.block_k} needs a block mask of {expected}, got {tuple(self.block_mask.shape)}"
             )
         if (self.query_tags is None) != (self.key_tags is None):
             raise ValueError("a plan takes query_tags and key_tags together: give both or neither")
 
     @property
     def num_queries(self) -> int:
-        return self.query_order.shape[2]
+        return self._length(self.query_order, 0)
 
     @property
     def num_keys(self) -> int:
-        return self.key_order.shape[2]
+        return self._length(self.key_order, 1)
+
+    @property
+    def query_index(self) -> Tensor:
+        """[B, H, Lq] original index of the queries in plan order, also where `query_order` is None."""
+        return self._index(self.query_order, self.num_queries)
+
+    @property
+    def key_index(self) -> Tensor:
+        """[B, H, Lk] original index of the keys in plan order, also where `key_order` is None."""
+        return self._index(self.key_order, self.num_keys)
 
     def of_heads(self, heads: slice) -> BlockPlan:
         """The same plan for some heads alone."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         own = {name: x[:, heads] if isinstance(x, Tensor) else x for name, x in own.items()}
+        if self.block_lists is not None:
+            own["block_lists"] = (self.block_lists[0][:, heads], self.block_lists[1][:, heads])
         return BlockPlan(**own)
+
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """`block_lists`, made of the mask if they are None; what stands behind a count is not read."""
+        if self.block_lists is not None:
+            return self.block_lists
+        counts = self.block_mask.sum(-1, dtype=torch.int32)
+        ordered = torch.argsort(self.block_mask.logical_not().to(torch.uint8), dim=-1, stable=True)
+        return counts, ordered.to(torch.int32)
 
     def executed_pairs(self) -> Tensor:
         """Query-key pairs in the executed blocks, [B, H] int64; empty slots and padding do not count."""
@@ -101,15 +131,28 @@ class BlockPlan:
         if self.live_keys is not None:
             place = torch.arange(self.num_keys, device=mask.device)
             mask = mask & (place < self.live_keys[..., None, None])
-        rows = inverse_order(self.query_order)[..., :, None].expand_as(mask)
-        columns = inverse_order(self.key_order)[..., None, :].expand_as(mask)
-        mask = mask.gather(2, rows).gather(3, columns)
+        if self.query_order is not None:
+            mask = mask.gather(2, inverse_order(self.query_order)[..., :, None].expand_as(mask))
+        if self.key_order is not None:
+            mask = mask.gather(3, inverse_order(self.key_order)[..., None, :].expand_as(mask))
         if self.query_tags is not None and self.key_tags is not None:
             mask = mask & share_tag(self.query_tags[..., :, None], self.key_tags[..., None, :])
         return mask
 
+    def _length(self, order: Tensor | None, axis: int) -> int:
+        if order is not None:
+            return order.shape[2]
+        assert self.lengths is not None  # see __post_init__
+        return self.lengths[axis]
+
+    def _index(self, order: Tensor | None, length: int) -> Tensor:
+        if order is not None:
+            return order
+        places = torch.arange(length, device=self.block_mask.device)
+        return places.expand(*self.block_mask.shape[:2], length)
+
     def _full_length(self, length: int) -> Tensor:
-        return torch.full(self.query_order.shape[:2], length, device=self.query_order.device)
+        return torch.full(self.block_mask.shape[:2], length, device=self.block_mask.device)
 
     def _live_length(self) -> Tensor:
         return self._full_length(self.num_keys) if self.live_keys is None else self.live_keys
@@ -124,6 +167,17 @@ def inverse_order(order: Tensor) -> Tensor:
     """Inverse of permutations along the last dimension."""
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def take_rows(x: Tensor, order: Tensor | None) -> Tensor:
+    """x [B, H, L, D] with its tokens in `order` [B, H, N], as it is if that is None; x is copied if it is strided."""
+    if order is None:
+        return x
+    batch, heads, length, width = x.shape
+    # whole rows at once, which `gather` with an expanded index does not
+    offsets = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * length
+    rows = x.reshape(-1, width).index_select(0, (order + offsets).flatten())
+    return rows.view(batch, heads, -1, width)
 
 
 def _block_sizes(blocks: int, size: int, length: Tensor) -> Tensor:

@@ -11,11 +11,20 @@ from fastar.engines.registry import AttentionCall, Engine
 
 
 def attention_logits(
-    q: Tensor, k: Tensor, *, log_count: Tensor | None = None, plan: BlockPlan | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    log_count: Tensor | None = None,
+    plan: BlockPlan | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """q k^T / sqrt(D) + log_count, -inf where the plan skips a pair: [B, H, Lq, Lk] float32 or float64."""
+    """scale q k^T + log_count, -inf where the plan skips a pair: [B, H, Lq, Lk] float32 or float64.
+
+    scale: 1 / sqrt(D) if None.
+    """
     precision = torch.promote_types(q.dtype, torch.float32)
-    logits = q.to(precision) @ k.to(precision).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = q.to(precision) @ k.to(precision).transpose(-1, -2) * scale
     if log_count is not None:
         logits = logits + log_count[..., None, :].to(precision)
     if plan is not None:
@@ -43,7 +52,7 @@ def _nothing_to_attend(logits: Tensor) -> Tensor:
 
 
 def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    logits = attention_logits(call.q, call.k, log_count=call.log_count, plan=call.plan)
+    logits = attention_logits(call.q, call.k, log_count=call.log_count, plan=call.plan, scale=call.scale)
     weights = torch.softmax(logits, dim=-1).masked_fill(_nothing_to_attend(logits), 0.0)
     out = (weights @ call.v.to(weights.dtype)).to(call.q.dtype)
     return out, torch.logsumexp(logits, dim=-1).float() if call.return_lse else None

@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from fastar.engines.augmented import augmented_width
 from fastar.engines.plan import BlockPlan
 
 _ENTRIES = {  # name: module, attribute
@@ -20,6 +21,9 @@ _ENTRIES = {  # name: module, attribute
     "sdpa": ("fastar.engines.sdpa", "SDPA"),
     "augmented": ("fastar.engines.sdpa", "AUGMENTED"),
     "flex": ("fastar.engines.flex", "FLEX"),
+    "fa4": ("fastar.engines.fa4", "FA4"),
+    "flashinfer": ("fastar.engines.flashinfer", "FLASHINFER"),
+    "cudnn": ("fastar.engines.cudnn", "CUDNN"),
 }
 _AUTO = {"cuda": "sdpa", "cpu": "sdpa"}  # elsewhere: reference, which needs nothing but matmul and softmax
 
@@ -33,6 +37,8 @@ class AttentionCall:
         log_count: [B, H, Lk] float32 added to the logits of a key, -inf for an empty slot; None: all zero.
         plan: executed block pairs; None means all.
         return_lse: whether the log-sum-exp of each query's logits is wanted.
+        head_dim: the true head dim if q and k carry the log-counts in extra coordinates; else None.
+        lengths: [B, H] int32, how many keys each head has, for engines that take them; None: all.
     """
 
     q: Tensor
@@ -41,11 +47,14 @@ class AttentionCall:
     log_count: Tensor | None
     plan: BlockPlan | None
     return_lse: bool
+    head_dim: int | None = None
+    lengths: Tensor | None = None
 
     @property
     def scale(self) -> float:
-        """Softmax scale 1 / sqrt(D)."""
-        return float(self.q.shape[-1] ** -0.5)
+        """Softmax scale 1 / sqrt(D), of the true head dim."""
+        head_dim = self.q.shape[-1] if self.head_dim is None else self.head_dim
+        return float(head_dim**-0.5)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class Engine:
         dtypes: tensor dtypes it takes; None means any floating dtype.
         lse_devices: device types on which it returns the log-sum-exp.
         takes_log_count, takes_plan: whether it takes those arguments.
+        takes_lengths: whether it reads key lengths as they are; for others they become log-counts of -inf.
+        key_multiple: of what the width of log-counted keys is to be a multiple (see `key_width`).
         missing: given a device, what the machine lacks to run it, or None.
         limits: given a call, which further constraint of the engine it breaks, or None.
     """
@@ -70,8 +81,14 @@ class Engine:
     lse_devices: frozenset[str] | None = frozenset()
     takes_log_count: bool = True
     takes_plan: bool = True
+    takes_lengths: bool = False
+    key_multiple: int = 8
     missing: Callable[[torch.device], str | None] = lambda device: None
     limits: Callable[[AttentionCall], str | None] = lambda call: None
+
+    def key_width(self, head_dim: int) -> int:
+        """Width at which log-counted keys of `head_dim` numbers are stored for this engine."""
+        return augmented_width(head_dim, self.key_multiple)
 
     def unfit_for_device(self, device: torch.device) -> str | None:
         """Why the engine cannot run on `device` at all, or None."""

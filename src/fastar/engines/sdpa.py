@@ -66,7 +66,7 @@ def _biased(
     """As `_unbiased`, with bias [B, H, Lk] in the logits, over the `allowed` [B, H, Lq, Lk] pairs alone."""
     if augment:
         width = max(augmented_width(q.shape[-1], _WIDTH_MULTIPLE), v.shape[-1])
-        return _unbiased(augment_queries(q, width), augment_keys(k, bias, width), v, scale, allowed)
+        return _unbiased(augment_queries(q, width), augment_keys(k, bias, width, scale), v, scale, allowed)
     mask = bias[..., None, :]
     return _unbiased(q, k, v, scale, mask if allowed is None else mask.where(allowed, -torch.inf))
 
@@ -99,7 +99,7 @@ def _planned(call: AttentionCall, plan: BlockPlan, augment: bool) -> Tensor:
         )
         blocks[part] = out[:, 0].masked_fill(~alive[..., None], 0.0)
     places = blocks.shape[1] * plan.block_mask.shape[2]  # places per head, its last block padded
-    back = inverse_order(plan.query_order) + _head_offsets(plan, places)
+    back = inverse_order(plan.query_index) + _head_offsets(plan, places)
     return _take(blocks.flatten(0, 1), back)
 
 
@@ -113,14 +113,14 @@ def _gather_lists(plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor]:
     """
     device, (query_blocks, key_blocks) = plan.block_mask.device, plan.block_mask.shape[2:]
     places = torch.arange(query_blocks * plan.block_q, device=device).clamp(max=plan.num_queries - 1)
-    query_rows = plan.query_order[..., places] + _head_offsets(plan, plan.num_queries)
+    query_rows = plan.query_index[..., places] + _head_offsets(plan, plan.num_queries)
 
     longest = plan.max_blocks if plan.max_blocks is not None else int(plan.block_mask.sum(-1).max())
     listed = torch.where(plan.block_mask, torch.arange(key_blocks, device=device), key_blocks)
     listed = listed.sort(dim=-1).values[..., : max(longest, 1)]
     places = (listed[..., None] * plan.block_k + torch.arange(plan.block_k, device=device)).flatten(2)
     unused = places >= plan.num_keys
-    key_rows = plan.key_order.gather(2, places.clamp(max=plan.num_keys - 1))
+    key_rows = plan.key_index.gather(2, places.clamp(max=plan.num_keys - 1))
     key_rows = key_rows + _head_offsets(plan, plan.num_keys)
 
     lanes = listed.shape[-1] * plan.block_k

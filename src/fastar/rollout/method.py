@@ -46,6 +46,7 @@ def start_rollout(
     cache: CachePolicy | None = None,
     end_frame: int | None = None,
     image: ImageCondition | None = None,
+    capture: bool = False,
 ) -> Rollout:
     """A rollout of `len(seeds)` videos at frame 0.
 
@@ -59,6 +60,7 @@ def start_rollout(
         cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
         end_frame: where the videos end; see `Rollout`.
         image: what the videos start from, for a backbone that reads one.
+        capture: run what repeats as CUDA graphs; see `Rollout`.
 
     Raises:
         ValueError: the method selects by a prompt and the backbone reads none, or it asks a layer that is not there.
@@ -96,6 +98,7 @@ def start_rollout(
         timer=timer,
         end_frame=end_frame,
         image=image,
+        capture=capture,
     )
 
 

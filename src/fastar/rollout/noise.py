@@ -24,9 +24,10 @@ def chunk_noise(
         shape: (frames, channels, height, width).
         device: where the result goes.
     """
-    return torch.stack(
-        [torch.randn(shape, generator=_generator(seed, first_frame, draw)) for seed in seeds]
-    ).to(device)
+    noise = torch.stack([torch.randn(shape, generator=_generator(seed, first_frame, draw)) for seed in seeds])
+    if torch.device(device).type != "cuda":
+        return noise.to(device)
+    return noise.pin_memory().to(device, non_blocking=True)  # else the host would wait for the passes before
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastar.attention.tags import CommittedTags
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Staged, at_once
 from fastar.rollout.rollout import Rollout
 
 
@@ -60,7 +60,7 @@ class TeeCache(CachePolicy):
         for policy in self.everyone:
             policy.stage(layer, staged)
 
-    def commit(self, first_frame: int, num_frames: int) -> None:
+    def commit(self, first_frame: int, num_frames: int, execute: Execute = at_once) -> None:
         for policy in self.everyone:
             policy.commit(first_frame, num_frames)
 

@@ -12,6 +12,7 @@ from fastar.attention.state import AttentionState
 from fastar.backbones.conditions import ImageCondition, check_image
 from fastar.backbones.prompts import Prompts
 from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedTokens
+from fastar.rollout.capture import CapturedPasses
 from fastar.rollout.flight import InFlight
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import chunk_noise
@@ -41,6 +42,8 @@ class Rollout:
         timer: measures denoise and commit passes, or None.
         end_frame: where the video ends, so that loops with several chunks in flight begin none there; None: it goes on.
         image: what the videos start from; None for a backbone that starts from noise alone. No part of `state_dict`.
+        capture: run passes that repeat as CUDA graphs (`fastar.rollout.capture`). What `denoise` returns is then looked
+            at for NaN in the commit alone.
 
     Raises:
         ValueError: prompts or an image are missing, not asked for, or not one of the right sizes for each video.
@@ -58,6 +61,7 @@ class Rollout:
         timer: PassTimer | None = None,
         end_frame: int | None = None,
         image: ImageCondition | None = None,
+        capture: bool = False,
     ) -> None:
         self.transformer, self.state, self.loop, self.timer = transformer, state, loop, timer
         self.seeds = [int(seed) for seed in seeds]
@@ -73,6 +77,7 @@ class Rollout:
         check_image(image, transformer.config, len(self.seeds), self.latent_shape)
         self.image = image
         self._picture: ProjectedTokens | None = None
+        self._captured = CapturedPasses(transformer, state) if capture else None
         self.use_prompts(prompts)
 
     def use_prompts(self, prompts: Prompts | None) -> None:
@@ -84,6 +89,8 @@ class Rollout:
         self._projected: ProjectedTokens | None = None
         self._remembered = {}  # it was about another prompt
         self.state.prompt_changed()
+        if self._captured is not None:
+            self._captured.clear()
 
     @torch.inference_mode()
     def change_prompts(
@@ -189,8 +196,8 @@ class Rollout:
                 flight[:] = [chunk for chunk, _ in moved]
                 if on_step is not None:
                     on_step(moved[0][1])
-        for chunk in flight:
-            self._require_finite(chunk.latents, "denoising")
+        for chunk in flight if self._captured is None else ():
+            self._require_finite(torch.isfinite(chunk.latents).all(), "denoising")
         return flight[0].latents
 
     @torch.inference_mode()
@@ -211,6 +218,8 @@ class Rollout:
 
     def run_pass(self, context: PassContext, latents: Tensor, actions: Tensor | None) -> Tensor:
         """One forward under `context`; the state commits only if its result is finite."""
+        if self._captured is not None:
+            return self._captured.run(context, latents, self._prompt(), self._require_finite)
         timesteps = torch.tensor([context.timesteps], device=self.device, dtype=torch.float32)
         self.state.begin_pass(context)
         try:
@@ -224,7 +233,7 @@ class Rollout:
                 **self._seen(context),
             ).float()
             if context.commits:
-                self._require_finite(velocity, f"{context.kind} pass")
+                self._require_finite(torch.isfinite(velocity).all(), f"{context.kind} pass")
         except BaseException:
             self.state.abort_pass()
             raise
@@ -325,9 +334,9 @@ class Rollout:
             )
         return actions[:, : context.num_frames]
 
-    def _require_finite(self, values: Tensor, what: str) -> None:
+    def _require_finite(self, finite: Tensor, what: str) -> None:
         """Twice a chunk, not in every pass: each look makes the GPU wait for the host."""
-        if not torch.isfinite(values).all():
+        if not finite:
             raise NonFiniteError(
                 f"the backbone returned NaN or infinity in the {what} of frames {self.next_frame} to "
                 f"{self.next_frame + self.loop.chunk_frames - 1}: the cache is as it was before this chunk"

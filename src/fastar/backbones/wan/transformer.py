@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from fastar.backbones.wan.layers import (
     WanSelfAttention,
     run_in,
 )
+
+if TYPE_CHECKING:
+    from fastar.backbones.wan.fused import FusedPass
 
 ProjectedTokens = tuple[KeysValues, ...]
 """Each layer's keys and values of a prompt, or of an image."""
@@ -80,6 +83,7 @@ class CausalWanTransformer(nn.Module):
         num_rays = 0 if self.odometer is None else self.odometer.num_features
         self.blocks = nn.ModuleList(WanBlock(config, layer, num_rays) for layer in range(config.num_layers))
         self.head = WanHead(config)
+        self.fused: FusedPass | None = None  # set by `fastar.backbones.wan.fused.fuse`
         self.init_weights()
 
     @torch.no_grad()
@@ -148,6 +152,8 @@ class CausalWanTransformer(nn.Module):
         rays = None if poses is None else self._rays(poses, grid, tokens.dtype)
         given: dict[Stream, Tensor | ProjectedTokens | None] = {"text": text, "image": image}
         contexts = {stream: self._context(stream, tokens) for stream, tokens in given.items()}
+        if self.fused is not None:
+            return self._unpatchify(self.fused(tokens, e, modulation, contexts, attend), grid)
         for layer, block in enumerate(self.blocks):
             read = {s: c[layer] if isinstance(c, tuple) else c for s, c in contexts.items() if c is not None}
             tokens = block(tokens, modulation, read, attend, rays, told)

@@ -1,0 +1,116 @@
+"""What attention reads of one layer in a pass: the slots of the cache, then the current tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastar.cache.base import CachePolicy
+from fastar.engines.augmented import write_log_counts
+
+
+@dataclass
+class WorkingKeys:
+    """A layer's attended keys in the compute dtype: what the cache keeps, then room for the current tokens.
+
+    Attributes:
+        k: [B, H, S + L, W]. Where W exceeds D, the rest carries the log-counts (`fastar.engines.augmented`).
+        v: [B, H, S + L, D].
+        log_count: float32 [B, H, S + L], or None if all are 0; what `k` carries is the same.
+        cached: S, slots before the current tokens.
+        positions: int64 [B, H, S, 3] that the cached keys are roped to; None if there are none.
+        origins: the same, where the tokens stand in the video.
+    """
+
+    k: Tensor
+    v: Tensor
+    log_count: Tensor | None
+    cached: int
+    positions: Tensor | None
+    origins: Tensor | None
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.v.shape[-1]
+
+    @property
+    def own_keys(self) -> Tensor:
+        """The keys without what carries their log-counts: [B, H, S + L, D]."""
+        return self.k[..., : self.head_dim]
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether the keys carry their log-counts."""
+        return self.k.shape[-1] > self.head_dim
+
+    def until(self, keys: int) -> WorkingKeys:
+        """The first `keys` of the current ones, with all that is cached."""
+        stop = self.cached + keys
+        if stop == self.k.shape[2]:
+            return self
+        log_count = None if self.log_count is None else self.log_count[:, :, :stop]
+        return replace(self, k=self.k[:, :, :stop], v=self.v[:, :, :stop], log_count=log_count)
+
+
+class WorkingMemory:
+    """The working keys of all layers, filled once a chunk and layer, at addresses that stay while sizes do.
+
+    They lie in the cache itself if it has room for them (`CachePolicy.room`), else in a copy.
+
+    Args:
+        cache: whose past is read.
+        key_width: W, as the attention engine wants it.
+    """
+
+    def __init__(self, cache: CachePolicy, key_width: int) -> None:
+        self.cache, self.key_width = cache, key_width
+        self._current: dict[int, WorkingKeys] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forget(self) -> None:
+        """Read the cache once more in the next pass."""
+        self._current.clear()
+
+    def of(self, layer: int, like: Tensor) -> WorkingKeys:
+        """The layer's past, with room for as many tokens as `like` [B, H, L, D] has, in its dtype."""
+        working = self._current.get(layer)
+        if working is None or working.k.shape[2] - working.cached != like.shape[2]:
+            working = self._current[layer] = self._fill(layer, like)
+        return working
+
+    def _fill(self, layer: int, like: Tensor) -> WorkingKeys:
+        spec = self.cache.spec
+        expected = (spec.batch, spec.num_heads, like.shape[2], spec.head_dim)
+        if tuple(like.shape) != expected:
+            raise ValueError(
+                f"keys must be {expected} (batch, heads, tokens, head dim), got {tuple(like.shape)}"
+            )
+        room, view = self.cache.room(layer, like.shape[2]), self.cache.view(layer)
+        cached = view.k.shape[2]
+        if room is None:
+            k, v = self._copy_of(layer, cached, like)
+            k[:, :, :cached, : like.shape[3]], v[:, :, :cached] = view.k, view.v
+        else:
+            k, v = room.k, room.v
+        log_count = None
+        if cached and view.log_count is not None:
+            log_count = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+            log_count[:, :, :cached] = view.log_count
+        if k.shape[-1] > like.shape[3]:
+            k[..., like.shape[3] :].zero_()
+        if k.shape[-1] > like.shape[3] and log_count is not None:
+            write_log_counts(k, log_count, like.shape[3])
+        origins = view.positions if view.origins is None else view.origins
+        return WorkingKeys(k, v, log_count, cached, view.positions, origins)
+
+    def _copy_of(self, layer: int, cached: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of this layer and size; their content is left from before."""
+        lead, total = like.shape[:2], cached + like.shape[2]
+        kept = self._copies.get(layer)
+        if kept is None or kept[1].shape[:3] != (*lead, total) or kept[1].dtype != like.dtype:
+            kept = (like.new_empty(*lead, total, self.key_width), like.new_empty(*lead, total, like.shape[3]))
+            self._copies[layer] = kept
+        return kept

@@ -1,0 +1,163 @@
+"""What a commit of TempCache takes, step by step: features, match, merge, renew, edit, and all of it in a CUDA graph.
+
+Contents are given, or stand-ins: tokens whose content changes slowly from frame to frame (a first-order autoregression
+about a mean that all share, with a decaying spectrum). Their redundancy is made up: they are for timings, not quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastar.attention.rope import RotaryEmbedding, grid_positions
+from fastar.benchmark.timing import timed
+from fastar.cache.base import CacheSpec, Staged
+from fastar.cache.change import Scratch
+from fastar.cache.fused import choose, match
+from fastar.cache.fused_commit import kept, observed, plan, slots_of
+from fastar.cache.tempcache import TempCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitGeometry:
+    """Sizes of a cache and its commits; the defaults are Wan2.1-1.3B at 480x832, three latent frames a chunk."""
+
+    layers: int = 30
+    heads: int = 12
+    head_dim: int = 128
+    grid: tuple[int, int] = (30, 52)
+    chunk_frames: int = 3
+
+    def spec(self, device: torch.device) -> CacheSpec:
+        """As a cache is told."""
+        return CacheSpec(
+            num_layers=self.layers, batch=1, num_heads=self.heads, head_dim=self.head_dim,
+            tokens_per_frame=self.grid[0] * self.grid[1], rope=RotaryEmbedding(self.head_dim),
+            compute_dtype=torch.bfloat16, device=device, chunk_frames=self.chunk_frames,
+        )  # fmt: skip
+
+
+class StandIn:
+    """Chunks of slowly changing tokens, the same in every layer; see the module's words on what they are good for.
+
+    Args:
+        keep: correlation of a token's content from frame to frame.
+    """
+
+    def __init__(
+        self, geometry: CommitGeometry, device: torch.device, keep: float = 0.9, seed: int = 0
+    ) -> None:
+        self.geometry, self.device, self.keep, self.frame = geometry, device, keep, 0
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._rope = RotaryEmbedding(geometry.head_dim)
+        self._spectrum = torch.arange(1, geometry.head_dim + 1, device=device) ** -0.5
+        self._mean, self._state = 0.5 * self._noise(1), self._noise(self._tokens)
+
+    @property
+    def _tokens(self) -> int:
+        return self.geometry.grid[0] * self.geometry.grid[1]
+
+    def _noise(self, tokens: int) -> Tensor:
+        shape = (3, 1, self.geometry.heads, tokens, self.geometry.head_dim)
+        return torch.randn(shape, generator=self._generator, device=self.device) * self._spectrum
+
+    def chunk(self) -> Staged:
+        """The next chunk of one layer."""
+        frames = []
+        for _ in range(self.geometry.chunk_frames):
+            fresh = self._noise(self._tokens)
+            self._state = self.keep * self._state + (1 - self.keep**2) ** 0.5 * fresh
+            frames.append(self._state + self._mean)
+        q, k, v = torch.cat(frames, 3).bfloat16()
+        positions = grid_positions(self.frame, len(frames), self.geometry.grid, device=self.device)
+        self.frame += len(frames)
+        return Staged(q_raw=q, k_raw=k, k=self._rope.rotate(k, positions), v=v, positions=positions)
+
+
+def commit_rows(
+    budgets: Sequence[float],
+    options: dict[str, Any],
+    geometry: CommitGeometry,
+    *,
+    device: torch.device,
+    repeats: int = 7,
+    chunks: Callable[[], Staged] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows budget_frames, slots, contents, and milliseconds of all layers: of each step, total, and as a graph.
+
+    Steps are timed alone, so that they need not add up to the total. `merge` is the choice of merges and their
+    features, `edit` all that is written to the slots, `total` prepare and finish with what the host does between
+    launches, `graph` the same captured (None without a GPU).
+
+    Args:
+        options: of `TempCache`, but for the budget.
+        chunks: called for every chunk, what all layers stage; None for stand-ins.
+    """
+    for budget in budgets:
+        take = chunks or StandIn(geometry, device).chunk
+        policy = TempCache(budget_frames=budget, commit_by="fused", **options)
+        policy.bind(geometry.spec(device))
+        while policy.filled < policy.capacity_slots():
+            stage(policy, take())
+            policy.commit(policy.next_frame, geometry.chunk_frames)
+        stage(policy, take())
+        yield {
+            "budget_frames": budget,
+            "slots": policy.filled,
+            "contents": "stand-in" if chunks is None else "given",
+            **{name: 1e3 * seconds for name, seconds in _steps(policy, device, repeats).items()},
+        }
+
+
+def stage(policy: TempCache, chunk: Staged) -> None:
+    """The same chunk in all layers."""
+    for layer in range(policy.spec.num_layers):
+        policy.stage(layer, chunk)
+
+
+@torch.no_grad()
+def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, float]:
+    """Seconds of each step of a commit of what is staged, all layers together."""
+    spec, staged = policy.spec, [policy._staged[layer] for layer in range(policy.spec.num_layers)]
+    layers, arrived, frame = range(spec.num_layers), staged[0].k.shape[2], spec.tokens_per_frame
+    extras = {name: torch.cat([own[name] for own in policy._extras]) for name in policy._extras[0]}
+    stop = min(policy.filled, policy.filled + arrived - policy.verbatim_slots())
+    buffer = policy._part(layers)
+    inside = buffer.narrow(policy.sink_frames * frame, stop)
+    known, surplus = max(0, inside.size - arrived), policy.filled + arrived - policy.capacity_slots()
+
+    slots = slots_of(policy, inside, extras["moment"])
+    old = inside["partner"].to(torch.int32).flatten(0, 1)
+    partner, cost = match(slots, old, known, frame, policy.weighting)
+    surplus = min(surplus, inside.size - frame)
+
+    def merge() -> tuple[Tensor, ...]:
+        _, gone, moved, _ = choose(slots, partner, cost, surplus, policy.rounds, policy.weighting, first=0)
+        return gone, moved
+
+    gone, moved = merge()
+    edit, _ = plan(policy, layers, buffer, staged, extras, Scratch())
+
+    def total() -> None:
+        policy._take_in(policy._commit_layers(Scratch()))
+
+    calls: dict[str, Callable[[], object]] = {
+        "moment": lambda: observed(policy, staged, extras),
+        "features": lambda: slots_of(policy, inside, extras["moment"]),
+        "match": lambda: match(slots, old, known, frame, policy.weighting),
+        "merge": merge,
+        "renew": lambda: kept(policy, slots, gone, moved, cost, surplus, arrived),
+        "edit": lambda: edit.apply(buffer),
+        "total": total,
+    }
+    seconds = {name: timed(call, device=device, repeats=repeats).median for name, call in calls.items()}
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            total()
+        seconds["graph"] = timed(graph.replay, device=device, repeats=repeats).median
+    return seconds

@@ -1,0 +1,309 @@
+"""The plan of a TempCache commit for all layers at once, by the kernels of `fastar.cache.kernels`.
+
+The same steps as `fastar.cache.allocation` and `fastar.cache.middle`, which define them. What differs is how numbers are
+held: features about their mean, in the dtype of the slots (bfloat16), made by one pass over these; distances are those of
+such features. Legend as there; N problems are layers x batch x heads, indices int32.
+
+The floor, for a layer of Wan2.1-1.3B on an H100 (12 heads of 128, 9,360 slots of which 4,680 entered; 3 TB/s):
+features 58 MB in, 58 MB out, 40 us; partners 175 GFLOP of 256 features, 0.35 ms at 500 TFLOP/s, a quarter with 64
+numbers (`match_width`); costs three rows a slot, 140 MB from L2 or 50 us from memory; merged rows 45 MB in, 30 MB out,
+25 us; the slots' moves 110 MB, 40 us.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastar.ann.base import seeded_normal
+from fastar.ann.launch import check_device, interpreted, nearest_allowed
+from fastar.cache.merge import Weighting, rows_of
+
+_SPAN = 2048  # slots that one program sums
+
+
+@dataclass
+class FusedSlots:
+    """Slots that may merge.
+
+    Attributes:
+        features: [N, M, 2 D].
+        searched: what the search compares: the features, or [N, M, W] of them.
+        offset: float32 [N, M], -|searched|^2 / 2.
+        count: tokens a slot stands for, float [N, M].
+    """
+
+    features: Tensor
+    searched: Tensor
+    offset: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        count: Tensor,
+        factor: Tensor,
+        value_weight: float,
+        projection: Tensor | None,
+    ) -> FusedSlots:
+        """Of slots [B, H, M, D], heads as far apart as batch / heads says, and a factor [N, D, D] of the queries' moment.
+
+        projection: [2 D, W], or None to search by the features themselves.
+        """
+        check_device(key.device)
+        batch, heads, size, width = key.shape
+        key_mean, second = (x / size for x in moments(key))
+        value_mean, squares = (x / size for x in moments(value, full=False))
+        covariance = second - key_mean[:, :, None] * key_mean[:, None]
+        key_variance = ((covariance @ factor) * factor).sum((1, 2))
+        value_variance = (squares - value_mean.square()).sum(1)
+        scale = (value_weight * key_variance.clamp_min(0) / value_variance.clamp_min(1e-12)).sqrt()
+        dtype = torch.float32 if key.dtype == torch.float32 else torch.bfloat16
+        features = key.new_empty(batch * heads, size, 2 * width, dtype=dtype)
+        offset = features.new_empty(batch * heads, size, dtype=torch.float32)
+        searched = features
+        if projection is not None:
+            projection = projection.to(dtype)
+            searched = features.new_empty(batch * heads, size, projection.shape[1])
+        block = 64
+        kernels().features[(_blocks(size, block), batch * heads)](
+            key, value, key_mean, value_mean, factor, scale, searched if projection is None else projection,
+            features, searched, offset, size, key.stride(1), key.stride(2), value.stride(1), value.stride(2),
+            D=width, WIDTH=_padded(width), W=searched.shape[2] if projection is not None else 16, BLOCK=block,
+            PROJECT=projection is not None, UPCAST=interpreted(), num_warps=8,
+        )  # fmt: skip
+        return cls(features, searched, offset, count)
+
+
+def projection_of(seed: int, width: int, to: int, device: torch.device) -> Tensor:
+    """`to` random orthonormal directions of `width`, float32 [width, to]; the last few are kept."""
+    return _projection(seed, width, to, device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # for callers of either mode
+def _projection(seed: int, width: int, to: int, device: torch.device) -> Tensor:
+    plane = seeded_normal(seed, width, to, like=torch.empty(0, dtype=torch.float64))
+    return torch.linalg.qr(plane).Q.float().to(device)
+
+
+def moments(
+    x: Tensor, *, full: bool = True, turns: tuple[Tensor, Tensor] | None = None, span: int = _SPAN
+) -> tuple[Tensor, Tensor]:
+    """Sum of x [B, H, M, D] over M, [N, D], and of x x^T, [N, D, D], or of the squares, [N, D], float32.
+
+    turns: cosines and sines [M, D / 2] of the angles that rows are turned by first. span: rows that are summed at once.
+    """
+    batch, heads, size, width = x.shape
+    parts = _blocks(size, span)
+    lead = (batch * heads, parts, width)
+    sums = x.new_empty(lead, dtype=torch.float32)
+    squares = x.new_empty((*lead, width) if full else lead, dtype=torch.float32)
+    x = x if x.stride(3) == 1 else x.contiguous()
+    cosine, sine = turns or (sums, sums)
+    kernels().moments[(parts, batch * heads)](
+        x, cosine, sine, sums, squares, size, span, heads, *x.stride()[:3],
+        D=width, WIDTH=_padded(width), BLOCK=64,
+        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), num_warps=8,
+    )  # fmt: skip
+    return sums.sum(1), squares.sum(1)
+
+
+def moment_factors(moment: Tensor) -> Tensor:
+    """`fastar.ann.similarity.moment_factor` / sqrt(D) of moments [N, D, D], by one kernel for all."""
+    width = moment.shape[-1]
+    ridge = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None].clamp_min(1e-12) * 1e-4
+    ridged = moment + torch.diag_embed(ridge.expand(moment.shape[:-1]))
+    factor = torch.empty_like(ridged)
+    kernels().cholesky[(len(moment),)](
+        ridged, factor, D=width, WIDTH=_padded(width), SCALE=width**-0.5, num_warps=16
+    )
+    return factor
+
+
+def match(
+    slots: FusedSlots, partner: Tensor, known: int, frame: int, weighting: Weighting
+) -> tuple[Tensor, Tensor]:
+    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in one search over all that entered."""
+    size, entered = partner.shape[1], partner.shape[1] - known
+    partner = torch.where(partner < known, partner, -1)
+    asking = size - frame  # the newest frame has nothing newer
+    found = torch.full_like(partner, -1)
+    if asking > 0:
+        late = torch.arange(asking, device=partner.device, dtype=torch.int32) - known
+        high = torch.where(late < 0, 0, (late // frame + 1) * frame)[None]
+        index = nearest_allowed(
+            slots.searched[:, :asking], slots.searched[:, known:], slots.offset[:, known:], _upto(high)
+        )
+        found[:, :asking] = torch.where(index < 0, -1, index + known)
+    assert entered >= frame
+    return cheaper_partner(slots, partner, found, weighting)
+
+
+def choose(
+    slots: FusedSlots,
+    partner: Tensor,
+    cost: Tensor,
+    surplus: int,
+    rounds: int,
+    weighting: Weighting,
+    *,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor, Runs]:
+    """`fastar.cache.allocation.choose`; the features, from column `first` on, and counts of `slots` become the groups'.
+
+    Returns:
+        root int32, gone uint8, partner int32 [N, M], and the runs of all that moved.
+    """
+    gone, root = torch.zeros_like(partner, dtype=torch.uint8), None
+    done = [surplus * step // rounds for step in range(rounds + 1)]
+    for left, (before, after) in enumerate(pairwise(done), start=1 - rounds):
+        chosen, rows = lowest(cost, after - before, gone)
+        step = find_roots(chosen, partner)
+        wide = step.long()
+        root = step if root is None else wide.gather(1, root.long()).to(torch.int32)
+        gone = gone | chosen
+        moved = wide.gather(1, partner.clamp_min(0).long()).to(torch.int32)
+        partner = torch.where(partner < 0, -1, moved)
+        runs = Runs.of(rows, step)
+        if slots.searched is not slots.features:
+            runs.fold(slots.searched, slots.count)
+        slots.count = runs.fold(slots.features, slots.count, first=first, total=True)
+        if left:
+            _, cost = cheaper_partner(slots, partner, None, weighting)
+    assert root is not None
+    if rounds > 1:
+        runs = Runs.of(lowest((gone == 0).float(), surplus)[1], root)
+    return root, gone, partner, runs
+
+
+def renew(
+    slots: FusedSlots,
+    keep: Tensor,
+    partner: Tensor,
+    before: Tensor,
+    number: int,
+    frame: int,
+    weighting: Weighting,
+) -> Tensor:
+    """`fastar.cache.allocation.renew` of the slots `keep` int32 [N, K], ascending: their partners [N, K].
+
+    Everything else is by all slots' numbers: partner of the slots kept [N, K], cost `before` [N, K] of these.
+    """
+    _, cost = cheaper_partner(slots, partner, None, weighting, rows=keep)
+    worse = torch.where(partner < 0, torch.inf, cost - before)
+    worse[:, -frame:].fill_(-torch.inf)
+    rows = lowest(-worse, number)[1]
+    wide, kept = rows.long(), keep.long()
+    searched = rows_of(slots.searched, kept)
+    offset = searched.float().square().sum(-1) * -0.5
+    index = nearest_allowed(rows_of(searched, wide), searched, offset, _upto(rows + 1))
+    found = torch.where(index < 0, -1, keep.gather(1, index.clamp_min(0).long()))
+    best, _ = cheaper_partner(slots, partner.gather(1, wide), found, weighting, rows=keep.gather(1, wide))
+    return partner.scatter(1, wide, best)
+
+
+def cheaper_partner(
+    slots: FusedSlots,
+    partner: Tensor,
+    found: Tensor | None,
+    weighting: Weighting,
+    *,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The cheaper one of two partners int32 [N, R] of the slots `rows` (None: all), and its cost."""
+    size, width = slots.features.shape[1:]
+    count = partner.shape[1]
+    best, cost = torch.empty_like(partner), torch.empty_like(partner, dtype=torch.float32)
+    block = 16
+    kernels().cheaper_partner[(_blocks(count, block), len(partner))](
+        slots.features, slots.count, _or(rows, partner), partner.contiguous(), _or(found, partner), best, cost,
+        size, count, F=width, WIDTH=_padded(width), BLOCK=block, WEIGHTING=weighting,
+        ROWS=rows is not None, FOUND=found is not None, num_warps=4,
+    )  # fmt: skip
+    return (partner if found is None else best), cost
+
+
+def lowest(cost: Tensor, number: int, gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `number` lowest of each row of cost [N, M]; of equals the first. Those `gone` uint8 [N, M] come last.
+
+    Returns:
+        chosen uint8 [N, M], and which they are, ascending, int32 [N, number].
+    """
+    problems, size = cost.shape
+    chosen = torch.empty(problems, size, dtype=torch.uint8, device=cost.device)
+    rows = torch.empty(problems, number, dtype=torch.int32, device=cost.device)
+    kernels().lowest[(problems,)](
+        cost.contiguous(), _or(gone, chosen), chosen, rows, size, number,
+        BLOCK=min(8192, _padded(size)), GONE=gone is not None, num_warps=16,
+    )  # fmt: skip
+    return chosen, rows
+
+
+def find_roots(chosen: Tensor, partner: Tensor) -> Tensor:
+    """Where the chain of each slot ends, int32 [N, M]: a `chosen` one with a partner goes on to that."""
+    size, block = partner.shape[1], 256
+    root = torch.empty_like(partner)
+    kernels().find_roots[(_blocks(size, block), len(partner))](chosen, partner, root, size, BLOCK=block)
+    return root
+
+
+@dataclass
+class Runs:
+    """Slots that leave, [N, R], sorted by where they end: `fastar.cache.merge.Joins` for the kernel."""
+
+    order: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, root: Tensor) -> Runs:
+        """Of the slots rows int32 [N, R], ascending, which end in root int32 [N, M]."""
+        target, at = root.gather(1, rows.long()).sort(dim=1, stable=True)
+        return cls(rows.gather(1, at), target)
+
+    def fold(self, x: Tensor, count: Tensor, *, first: int = 0, total: bool = False) -> Tensor:
+        """Write each group's mean over its root's row of x [N, M, F], whose rows lie next to one another, in place.
+
+        Means are weighted by count [N, M]; columns before `first` stay. Returns the groups' counts if `total`.
+        """
+        width, moved = x.shape[2], self.order.shape[1]
+        totals = count.clone() if total else count
+        runs = 4
+        kernels().fold[(_blocks(moved, runs), len(x))](
+            x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
+            F=width, WIDTH=_padded(width - first), RUNS=runs, STEP=4, TOTAL=total, num_warps=4,
+        )  # fmt: skip
+        return totals
+
+
+def _upto(high: Tensor) -> Tensor:
+    """Keys before `high` int32 [N or 1, n] are excluded."""
+    return torch.stack([torch.zeros_like(high), high])
+
+
+def _or(given: Tensor | None, unused: Tensor) -> Tensor:
+    """A kernel's argument that it does not read must still be a tensor."""
+    return unused if given is None else given.contiguous()
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _padded(width: int) -> int:
+    """A power of two that Triton can multiply with."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def kernels() -> Any:
+    """The module of the kernels, imported late: Triton is an optional package."""
+    from fastar.cache import kernels as module
+
+    return module

@@ -1,0 +1,205 @@
+"""A commit of `TempCache(commit="fused")`: several layers at a time, planned aside and then done in place.
+
+Merged keys and values are written by `FusedEdit.apply` straight over the slots that stay, so that a plan holds indices
+and counts only. What is constant once the cache is full (sizes, number of merges) is known to the host, nothing else is
+asked of the device, and no tensor's address depends on its contents: both halves can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastar.cache.base import Staged
+from fastar.cache.change import Change, Edit, Joined, Scratch
+from fastar.cache.fused import (
+    FusedSlots,
+    Runs,
+    choose,
+    lowest,
+    match,
+    moment_factors,
+    moments,
+    projection_of,
+    renew,
+)
+from fastar.cache.moments import expand_moment, pack_moment
+from fastar.cache.slots import Slots
+
+if TYPE_CHECKING:
+    from fastar.cache.tempcache import TempCache
+
+_QUERY_SPAN = 512  # queries of one layer that a program sums: few problems must fill the device
+
+
+class FusedEdit(Edit):
+    """Merges, then moves, then arrivals.
+
+    Args:
+        change: of the slots in `buffer` alone; arrivals, if any are to come, follow what it leaves.
+        merging: the slots from `start` on that merge, their runs, and the tokens they stand for; None for none.
+        arrivals: by layer, to be written behind the slots that stay.
+    """
+
+    def __init__(
+        self,
+        change: Change,
+        buffer: Slots,
+        scratch: Scratch,
+        *,
+        merging: tuple[int, int, Runs, Tensor, bool] | None,
+        arrivals: Sequence[Slots],
+    ) -> None:
+        super().__init__(change, buffer, scratch)
+        self._kept, self._merging, self._arrivals = self.size, merging, arrivals
+        self.size += arrivals[0].size if arrivals else 0
+
+    def apply(self, buffer: Slots) -> None:
+        if self._merging is not None:
+            start, stop, runs, count, keys = self._merging
+            for name in ("key", "value") if keys else ("value",):
+                runs.fold(buffer[name][:, :, start:stop].flatten(0, 1), count)
+        size, self.size = self.size, self._kept
+        super().apply(buffer)
+        self.size = size
+        write_arrivals(buffer, self._kept, self._arrivals)
+
+
+def write_arrivals(buffer: Slots, at: int, arrivals: Sequence[Slots]) -> None:
+    """Write each layer's arrivals to its part of `buffer`, from slot `at` on."""
+    for layer, slots in enumerate(arrivals):
+        parts = {name: tensor.chunk(len(arrivals))[layer] for name, tensor in buffer.fields.items()}
+        Slots(parts).write(at, slots)
+
+
+def plan(
+    policy: TempCache,
+    layers: range,
+    buffer: Slots,
+    staged: Sequence[Staged],
+    extras: dict[str, Tensor],
+    scratch: Scratch,
+) -> tuple[FusedEdit, dict[str, Tensor]]:
+    """What a commit makes of several layers, whose slots are `buffer` [layers * batch, ...].
+
+    Args:
+        policy: says how.
+        layers: which they are.
+        staged: by layer.
+        extras: of all these layers, one after the other.
+
+    Returns:
+        the edit of `buffer`, and new extras. Of `buffer`, only slots that are not in use may be written.
+    """
+    spec, filled, arrived = policy.spec, policy.filled, staged[0].k.shape[2]
+    frame, total = spec.tokens_per_frame, filled + arrived
+    extras = observed(policy, staged, extras)
+    arrivals = [policy.encode(each) for each in staged]
+    if filled < policy.capacity_slots() < total:  # the one commit in which they may lie where they are to be moved
+        arrivals = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in arrivals]
+    start = min(policy.sink_frames * frame, total)
+    stop = max(start, total - policy.verbatim_slots())
+    if stop > filled:  # arrivals take part: they join the slots at once, in the room behind them
+        write_arrivals(buffer, filled, arrivals)
+        arrivals, size = [], total
+    else:
+        size = filled
+    nothing = buffer.narrow(0, 0)
+    change = Change(Joined(buffer.narrow(0, size), nothing), first=start)
+    if stop == start:
+        return FusedEdit(change, buffer, scratch, merging=None, arrivals=arrivals), extras
+
+    inside = buffer.narrow(start, stop)
+    slots = slots_of(policy, inside, extras["moment"])
+    count = slots.count
+    partner, cost = match(
+        slots,
+        inside["partner"].to(torch.int32).flatten(0, 1),
+        max(0, stop - start - arrived),
+        frame,
+        policy.weighting,
+    )
+    surplus = total - policy.capacity_slots()
+    merging = None
+    whole = {"partner": partner}
+    if surplus > 0:
+        first = spec.head_dim if policy.key == "last" else 0
+        root, gone, partner, runs = choose(
+            slots, partner, cost, surplus, policy.rounds, policy.weighting, first=first
+        )
+        merging = (start, stop, runs, count, policy.key == "mean")
+        keep, whole = kept(policy, slots, gone, partner, cost, surplus, arrived)
+        newer = torch.arange(stop, size, dtype=torch.long, device=keep.device)
+        newer = newer.expand(*inside["count"].shape[:2], -1)
+        change.keep = torch.cat([keep.long().unflatten(0, inside["count"].shape[:2]) + start, newer], 2)
+        note(policy, layers, inside, root)
+    for name, new in whole.items():
+        tensor = buffer[name]
+        new = new.to(tensor.dtype).unflatten(0, tensor.shape[:2])
+        change.whole[name] = torch.cat([tensor[:, :, :start], new, tensor[:, :, stop:size]], 2)
+    return FusedEdit(change, buffer, scratch, merging=merging, arrivals=arrivals), extras
+
+
+def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
+    """Features of the slots `inside`, by the stored second moments of their layers."""
+    width, device = policy.spec.head_dim, moment.device
+    projection = None
+    if policy.match_width is not None:
+        projection = projection_of(0, 2 * width, policy.match_width, device)
+    factor = moment_factors(expand_moment(moment, "full", width).flatten(0, 1))
+    count = inside["count"].float().flatten(0, 1)
+    return FusedSlots.of(inside["key"], inside["value"], count, factor, policy.value_weight, projection)
+
+
+def kept(
+    policy: TempCache,
+    slots: FusedSlots,
+    gone: Tensor,
+    partner: Tensor,
+    cost: Tensor,
+    surplus: int,
+    arrived: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The slots that stay, int32 [N, K] ascending, and their counts and partners, these by the new numbers."""
+    size = gone.shape[1]
+    keep = lowest(gone.float(), size - surplus)[1]
+    wide = keep.long()
+    partner = partner.gather(1, wide)
+    renewed = min(int(policy.refresh * arrived), size - surplus)
+    if renewed:
+        before = cost.gather(1, wide)
+        frame = policy.spec.tokens_per_frame
+        partner = renew(slots, keep, partner, before, renewed, frame, policy.weighting)
+    rank = (gone == 0).cumsum(1, dtype=torch.int32) - 1
+    partner = torch.where(partner < 0, -1, rank.gather(1, partner.clamp_min(0).long()))
+    return keep, {
+        "count": slots.count.gather(1, wide).clamp_max(torch.iinfo(torch.int16).max),
+        "partner": partner,
+    }
+
+
+def observed(policy: TempCache, staged: Sequence[Staged], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`extras` with the arriving queries taken into the second moments of all layers."""
+    spec, turns = policy.spec, None
+    if policy.match_space == "roped":
+        turns = tuple(x.float() for x in spec.rope.tables(staged[0].positions))
+    arrived = staged[0].k.shape[2]
+    second = [moments(each.q_raw, turns=turns, span=_QUERY_SPAN)[1] for each in staged]
+    moment = pack_moment(torch.cat(second).unflatten(0, (-1, spec.num_heads)) / arrived)
+    seen = extras["observed"] + 1
+    share = (1 / seen).clamp_min(1 / policy.moment_horizon)[:, None].expand(-1, spec.batch).reshape(-1, 1, 1)
+    old = extras["moment"]
+    return {"moment": old.float().lerp(moment, share).to(old.dtype), "observed": seen}
+
+
+def note(policy: TempCache, layers: range, inside: Slots, root: Tensor) -> None:
+    """Tell who follows the merges, layer by layer."""
+    if not policy.is_followed():
+        return
+    positions, roots = inside["position"].chunk(len(layers)), root.long().chunk(len(layers))
+    for layer, position, own in zip(layers, positions, roots, strict=True):
+        slots = Slots({"position": position})
+        policy.note_merges(layer, slots, slots, own)

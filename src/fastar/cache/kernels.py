@@ -1,0 +1,327 @@
+"""Triton kernels of a TempCache commit: all layers at once, nothing written twice, no atomics.
+
+Legend: N problems (layers x batch x heads), M slots of each that may merge, R of them rows, D numbers of a key or value,
+F of a feature vector, W of what the search compares. Slots and features lie `..._stride` numbers apart from problem to
+problem, and `..._row` from row to row. Which program adds what, and in which order, follows from the indices alone, so that
+the same input gives the same bits.
+"""
+
+# Triton gives annotations a meaning of its own:
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, UPCAST: tl.constexpr):
+    """a @ b with float32 sums; UPCAST: multiply in float32, as the interpreter cannot multiply bfloat16."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32")
+
+
+@triton.jit(do_not_specialize=["rows", "span", "heads"])
+def moments(
+    x, cosine, sine, sums, squares, rows, span, heads, batch_stride, head_stride, row_stride,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr, ROTATE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads: sums [N, P, D], squares [N, P, D, D] or, if not FULL, [N, P, D].
+
+    ROTATE: rows are turned first, adjacent pairs by the angles whose cosine and sine are [rows, D / 2], and rounded to
+    the dtype of x.
+    """
+    part, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    used = column < D
+    total = tl.zeros([WIDTH], tl.float32)
+    if FULL:
+        second = tl.zeros([WIDTH, WIDTH], tl.float32)
+    else:
+        second = tl.zeros([WIDTH], tl.float32)
+    x += problem // heads * batch_stride + problem % heads * head_stride
+    for first in range(part * span, tl.minimum((part + 1) * span, rows), BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        mask = (row < rows)[:, None] & used[None, :]
+        at = row.to(tl.int64)[:, None] * row_stride
+        tile = tl.load(x + at + column[None, :], mask=mask, other=0)
+        if ROTATE:
+            other = tl.load(x + at + (column ^ 1)[None, :], mask=mask, other=0).to(tl.float32)
+            angle = row[:, None] * (D // 2) + (column // 2)[None, :]
+            c = tl.load(cosine + angle, mask=mask, other=0)
+            s = tl.load(sine + angle, mask=mask, other=0)
+            s = tl.where((column % 2 == 0)[None, :], -s, s)
+            tile = (tile.to(tl.float32) * c + other * s).to(tile.dtype)
+        wide = tile.to(tl.float32)
+        total += tl.sum(wide, 0)
+        if FULL:
+            second += product(tl.trans(tile), tile, UPCAST)
+        else:
+            second += tl.sum(wide * wide, 0)
+    out = problem * tl.num_programs(0) + part
+    tl.store(sums + out * D + column, total, mask=used)
+    if FULL:
+        at = out * D * D + column[:, None] * D + column[None, :]
+        tl.store(squares + at, second, mask=used[:, None] & used[None, :])
+    else:
+        tl.store(squares + out * D + column, second, mask=used)
+
+
+@triton.jit
+def cholesky(moment, factor, D: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr):
+    """factor [N, D, D] = SCALE * L of moment [N, D, D] = L L^T, column by column in registers, one program a matrix.
+
+    Where the moment is not positive definite: SCALE * the root of its diagonal.
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, WIDTH)
+    inside = (row[:, None] < D) & (row[None, :] < D)
+    at = problem * D * D + row[:, None] * D + row[None, :]
+    left = tl.load(moment + at, mask=inside, other=0)
+    roots = tl.sqrt(tl.maximum(tl.sum(tl.where(row[:, None] == row[None, :], left, 0), 0), 0))
+    good = 1
+    for step in range(0, D):
+        column = tl.sum(tl.where(row[None, :] == step, left, 0), 1)
+        pivot = tl.sum(tl.where(row == step, column, 0), 0)
+        good = tl.where(pivot > 0, good, 0)
+        column = tl.where(row >= step, column / tl.sqrt(tl.maximum(pivot, 1e-30)), 0)
+        tl.store(factor + problem * D * D + row * D + step, column * SCALE, mask=row < D)
+        left -= column[:, None] * column[None, :]
+    if good == 0:
+        tl.debug_barrier()  # other threads wrote these numbers above
+        diagonal = tl.where(row[:, None] == row[None, :], roots[None, :], 0)
+        tl.store(factor + at, diagonal * SCALE, mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def features(
+    key, value, key_mean, value_mean, factor, value_scale, projection, out, searched, offset, size,
+    key_stride, key_row, value_stride, value_row,
+    D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    PROJECT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out [N, M, 2 D] = [(key - mean) factor; (value - mean) value_scale] of slots key, value [N, M, D].
+
+    What the search compares is `searched` [N, M, W] = out projection [2 D, W] if PROJECT, else out itself; its
+    offset [N, M] = -|.|^2 / 2 is of the rounded numbers.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    used = column < D
+    mask = (row < size)[:, None] & used[None, :]
+    square = used[:, None] & used[None, :]
+    root = tl.load(factor + problem * D * D + column[:, None] * D + column[None, :], mask=square, other=0)
+    mean = tl.load(key_mean + problem * D + column, mask=used, other=0)
+    at = problem * key_stride + row[:, None] * key_row + column[None, :]
+    keys = tl.load(key + at, mask=mask, other=0).to(tl.float32) - mean[None, :]
+    keys = product(tl.where(mask, keys, 0), root, UPCAST).to(out.dtype.element_ty)
+    mean = tl.load(value_mean + problem * D + column, mask=used, other=0)
+    at = problem * value_stride + row[:, None] * value_row + column[None, :]
+    values = (tl.load(value + at, mask=mask, other=0).to(tl.float32) - mean[None, :]) * tl.load(
+        value_scale + problem
+    )
+    values = tl.where(mask, values, 0).to(out.dtype.element_ty)
+    to = problem * size * 2 * D + row[:, None] * (2 * D) + column[None, :]
+    tl.store(out + to, keys, mask=mask)
+    tl.store(out + to + D, values, mask=mask)
+    if PROJECT:
+        few = tl.arange(0, W)
+        at = column[:, None] * W + few[None, :]
+        upper = tl.load(projection + at, mask=used[:, None], other=0)
+        lower = tl.load(projection + D * W + at, mask=used[:, None], other=0)
+        seen = product(keys, upper, UPCAST) + product(values, lower, UPCAST)
+        seen = seen.to(searched.dtype.element_ty)
+        to = problem * size * W + row[:, None] * W + few[None, :]
+        tl.store(searched + to, seen, mask=(row < size)[:, None])
+        seen = seen.to(tl.float32)
+        norm = tl.sum(seen * seen, 1)
+    else:
+        keys, values = keys.to(tl.float32), values.to(tl.float32)
+        norm = tl.sum(keys * keys, 1) + tl.sum(values * values, 1)
+    tl.store(offset + problem * size + row, norm * -0.5, mask=row < size)
+
+
+@triton.jit
+def pair_cost(here, x, count, own, other, column, used, F: tl.constexpr, WEIGHTING: tl.constexpr):
+    """Cost [Q] of merging rows here [Q, F], which stand for `own` [Q] tokens, into slots `other` [Q]; inf where -1."""
+    known = other >= 0
+    to = tl.where(known, other, 0).to(tl.int64)
+    there = tl.load(x + to[:, None] * F + column[None, :], mask=known[:, None] & used[None, :], other=0)
+    difference = tl.where(known[:, None], there.to(tl.float32) - here, 0)
+    newer = tl.load(count + to, mask=known, other=1)
+    ward = own * newer / tl.maximum(own + newer, 1)
+    if WEIGHTING == "ward":
+        weight = ward
+    elif WEIGHTING == "root_ward":
+        weight = tl.sqrt(ward)
+    elif WEIGHTING == "older":
+        weight = own
+    else:
+        weight = own * 0 + 1
+    cost = weight * tl.sum(difference * difference, 1)
+    return tl.where(known, cost, float("inf"))
+
+
+@triton.jit(do_not_specialize=["size", "count_of_rows"])
+def cheaper_partner(
+    x, count, rows, partner, found, best, cost, size, count_of_rows,
+    F: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHTING: tl.constexpr,
+    ROWS: tl.constexpr, FOUND: tl.constexpr,
+):  # fmt: skip
+    """Of slots i = rows [N, R] (or 0 .. R - 1, if not ROWS) the cost of the partner, and of `found` if FOUND.
+
+    Features x [N, M, F], tokens count [N, M]; partner, found int32 [N, R], newer slots or -1. best int32 and cost
+    [N, R]: the cheaper of the two, the old partner of equals.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count_of_rows
+    column = tl.arange(0, WIDTH)
+    used = column < F
+    at = problem * count_of_rows + place
+    x += problem * size * F
+    count += problem * size
+    if ROWS:
+        row = tl.load(rows + at, mask=inside, other=0).to(tl.int64)
+    else:
+        row = place.to(tl.int64)
+    here = tl.load(x + row[:, None] * F + column[None, :], mask=inside[:, None] & used[None, :], other=0)
+    here = here.to(tl.float32)
+    own = tl.load(count + row, mask=inside, other=1)
+    chosen = tl.load(partner + at, mask=inside, other=-1)
+    least = pair_cost(here, x, count, own, chosen, column, used, F, WEIGHTING)
+    if FOUND:
+        other = tl.load(found + at, mask=inside, other=-1)
+        price = pair_cost(here, x, count, own, other, column, used, F, WEIGHTING)
+        better = price < least
+        chosen, least = tl.where(better, other, chosen), tl.where(better, price, least)
+        tl.store(best + at, chosen, mask=inside)
+    tl.store(cost + at, least, mask=inside)
+
+
+@triton.jit
+def sort_key(cost, gone, at, mask, GONE: tl.constexpr):
+    """Costs as whole numbers below 2^32 that are in the same order; slots that are gone, or masked, are last."""
+    bits = tl.load(cost + at, mask=mask, other=0).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    if GONE:
+        key = tl.where(tl.load(gone + at, mask=mask, other=1) != 0, 4294967295, key)
+    return tl.where(mask, key, 4294967296)
+
+
+@triton.jit(do_not_specialize=["size", "number"])
+def lowest(cost, gone, chosen, rows, size, number, BLOCK: tl.constexpr, GONE: tl.constexpr):
+    """The `number` lowest of cost [N, M], of equals the first: chosen uint8 [N, M], and rows int32 [N, R] ascending.
+
+    Those of which `gone` uint8 [N, M] is set come last. The threshold is found bit by bit, from the highest.
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    cost += problem * size
+    gone += problem * size
+    chosen += problem * size
+    rows += problem * number
+    inner = tl.arange(0, BLOCK)
+    threshold = tl.zeros([1], tl.int64)
+    left = tl.zeros([1], tl.int64) + number
+    for step in range(0, 32):
+        bit = 31 - step
+        below = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, size, BLOCK):
+            at = first + inner
+            key = sort_key(cost, gone, at, at < size, GONE)
+            below += (key >> bit == threshold >> bit).to(tl.int32)
+        count = tl.sum(below, 0)
+        over = left > count
+        left = tl.where(over, left - count, left)
+        threshold = tl.where(over, threshold + (tl.full([1], 1, tl.int64) << bit), threshold)
+    taken = tl.zeros([1], tl.int32)
+    equals = tl.zeros([1], tl.int32)
+    for first in range(0, size, BLOCK):
+        at = first + inner
+        key = sort_key(cost, gone, at, at < size, GONE)
+        equal = (key == threshold).to(tl.int32)
+        order = tl.cumsum(equal, 0) + equals
+        take = (key < threshold) | ((equal != 0) & (order <= left))
+        flag = take.to(tl.int32)
+        place = tl.cumsum(flag, 0) + taken - 1
+        tl.store(chosen + at, flag.to(tl.uint8), mask=at < size)
+        tl.store(rows + place, at, mask=take & (at < size))
+        taken += tl.sum(flag, 0)
+        equals += tl.sum(equal, 0)
+
+
+@triton.jit(do_not_specialize=["size"])
+def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
+    """root int32 [N, M]: where the chain of merges that starts at each slot ends.
+
+    A slot with `chosen` uint8 [N, M] set and a partner int32 [N, M] >= 0 merges into that; others end chains.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    chosen += problem * size
+    partner += problem * size
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < size
+    here = slot
+    moving = inside
+    more = 1
+    while more > 0:
+        to = tl.load(partner + here, mask=moving, other=-1)
+        moving = moving & (tl.load(chosen + here, mask=moving, other=0) != 0) & (to >= 0)
+        here = tl.where(moving, to, here)
+        more = tl.max(moving.to(tl.int32), 0)
+    tl.store(root + problem * size + slot, here, mask=inside)
+
+
+@triton.jit(do_not_specialize=["moved"])
+def fold(
+    x, count, order, target, total, moved, x_stride, x_row, count_stride, FIRST: tl.constexpr,
+    F: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr, STEP: tl.constexpr, TOTAL: tl.constexpr,
+):  # fmt: skip
+    """Each group's mean, weighted by count [N, M], is written over its root's row of x [N, M, F], from column FIRST on.
+
+    order int32 [N, R] are the slots that may move, sorted by `target` int32 [N, R], where they end; a slot that is its
+    own target stays. TOTAL: the group's count goes to `total` [N, M] (not `count`, which others read). A program takes
+    RUNS places; one at the end of a run of equal targets walks back through it, STEP rows at a time. Roots do not move
+    and each is written by one program, so none reads what another writes.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    order += problem * moved
+    target += problem * moved
+    x += problem * x_stride
+    count += problem * count_stride
+    inside = place < moved
+    goal = tl.load(target + place, mask=inside, other=-1)
+    after = tl.load(target + place + 1, mask=place + 1 < moved, other=-1)
+    own = tl.load(order + place, mask=inside, other=-1)
+    ends = inside & (goal != after) & (own != goal)
+    column = FIRST + tl.arange(0, WIDTH)
+    used = column < F
+    root = tl.where(ends, goal, 0).to(tl.int64)
+    mask = ends[:, None] & used[None, :]
+    weight = tl.load(count + root, mask=ends, other=0)
+    row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
+    sums = row * weight[:, None]
+    back = tl.arange(0, STEP)
+    walking = ends
+    more = tl.max(walking.to(tl.int32), 0)
+    at = place
+    while more > 0:
+        spot = at[:, None] - back[None, :]
+        member = walking[:, None] & (spot >= 0)
+        member = member & (tl.load(target + spot, mask=member, other=-1) == goal[:, None])
+        slot = tl.load(order + spot, mask=member, other=0).to(tl.int64)
+        few = tl.load(count + slot, mask=member, other=0)
+        reads = member[:, :, None] & used[None, None, :]
+        rows = tl.load(x + slot[:, :, None] * x_row + column[None, None, :], mask=reads, other=0).to(tl.float32)
+        sums += tl.sum(rows * few[:, :, None], 1)
+        weight += tl.sum(few, 1)
+        walking = tl.min(member.to(tl.int32), 1) != 0  # all of them were of the run: there may be more
+        more = tl.max(walking.to(tl.int32), 0)
+        at -= STEP
+    mean = sums / tl.where(ends, weight, 1)[:, None]
+    tl.store(x + root[:, None] * x_row + column[None, :], mean.to(x.dtype.element_ty), mask=mask)
+    if TOTAL:
+        tl.store(total + problem * count_stride + root, weight, mask=ends)

@@ -1,0 +1,133 @@
+"""FlashAttention-4 on Hopper (flash_attn.cute): dense, log-counted, block-sparse, and these together.
+
+Log-counts go through the augmented head, 144 coordinates for heads of 128; values keep their width. A block plan is
+handed over as lists on the device, so that nothing waits for the host and a call can be captured in a CUDA graph once
+one like it has compiled (2 to 3 s for each class of widths, block sizes and options; lengths are free).
+
+Tensors go in as they lie, [B, H, L, D] seen as [B, L, H, D]: any strides that are multiples of 16 bytes do, the last
+one being 1. Slices of a larger buffer of slots are thus read in place. Only what a plan orders is copied.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fastar.engines.plan import BlockPlan, inverse_order, take_rows
+from fastar.engines.registry import AttentionCall, Engine
+from fastar.engines.unbiased import augmented, live_queries, silence, unfit_for_hopper_kernels, unfit_widths
+
+_KEY_MULTIPLE = 16  # columns of a tensor-core step: anything else is padded to it inside the kernel
+_BLOCK_Q = 64  # rows of one warp group: query tiles are multiples
+_BLOCK_K, _LARGEST_BLOCK_K = 16, 128
+
+
+def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    live = live_queries(call)
+    call = augmented(call, FA4)
+    if call.plan is not None:
+        return _sparse(call, call.plan, live)
+    out, lse = _dense(call) if call.lengths is None else _ragged(call, call.lengths)
+    return silence(out, lse, live)
+
+
+def _dense(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    out, lse = flash_attn_func(q, k, v, softmax_scale=call.scale, return_lse=call.return_lse)
+    return out.transpose(1, 2), lse
+
+
+def _ragged(call: AttentionCall, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Heads as a batch of one-headed sequences, each of which has a length of its own."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    q, k, v = (x.flatten(0, 1).unsqueeze(2) for x in (call.q, call.k, call.v))
+    out, lse = flash_attn_varlen_func(
+        q, k, v, seqused_k=lengths.flatten(), softmax_scale=call.scale, return_lse=call.return_lse
+    )  # fmt: skip
+    lead = call.q.shape[:2]
+    return out.squeeze(2).unflatten(0, lead), None if lse is None else lse.squeeze(1).unflatten(0, lead)
+
+
+def _sparse(call: AttentionCall, plan: BlockPlan, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    counts, indices = plan.listed()
+    none = torch.zeros_like(counts, memory_format=torch.contiguous_format)
+    # Blocks to be read whole are "full" ones. The list of masked ones is empty, but the Hopper kernel does not compile
+    # without it. Keys past the last are masked in the first block it reads, which is the last of an ascending list.
+    lists = BlockSparseTensorsTorch(
+        mask_block_cnt=none,
+        mask_block_idx=none[..., None],
+        full_block_cnt=counts,
+        full_block_idx=indices,
+        block_size=(plan.block_q, plan.block_k),
+    )
+    q = take_rows(call.q, plan.query_order).transpose(1, 2)
+    k, v = (take_rows(x, plan.key_order).transpose(1, 2) for x in (call.k, call.v))
+    out, lse = flash_attn_func(
+        q, k, v, softmax_scale=call.scale, block_sparse_tensors=lists, return_lse=call.return_lse
+    )  # fmt: skip
+    out, lse = silence(out.transpose(1, 2), lse, live)
+    if plan.query_order is None:
+        return out, lse
+    back = inverse_order(plan.query_order)
+    return _unsorted(out, back), None if lse is None else lse.gather(2, back)
+
+
+def _unsorted(out: Tensor, back: Tensor) -> Tensor:
+    """out [B, H, L, D] at back [B, H, L], in the memory layout [B, L, H, D] it came in."""
+    batch, heads, length, width = out.shape
+    head = torch.arange(heads, device=out.device)
+    start = torch.arange(batch, device=out.device)[:, None, None] * length
+    rows = (back.transpose(1, 2) + start) * heads + head
+    taken = out.transpose(1, 2).reshape(-1, width).index_select(0, rows.flatten())
+    return taken.view(batch, length, heads, width).transpose(1, 2)
+
+
+def _limits(call: AttentionCall) -> str | None:
+    reason = unfit_widths(call, FA4)
+    if reason is not None or call.plan is None:
+        return reason
+    if call.lengths is not None:
+        return "it takes a block plan or lengths, not both"
+    if call.plan.query_tags is not None:
+        return "it takes no block plan with tags inside the blocks"
+    if call.plan.block_q % _BLOCK_Q:
+        return f"its plans need a multiple of {_BLOCK_Q} queries to a block, not {call.plan.block_q}"
+    if call.plan.block_k % _BLOCK_K or call.plan.block_k > _LARGEST_BLOCK_K:
+        return (
+            f"its plans need a multiple of {_BLOCK_K} and at most {_LARGEST_BLOCK_K} keys to a block, "
+            f"not {call.plan.block_k}"
+        )
+    return None
+
+
+@cache
+def _missing(device: torch.device) -> str | None:
+    try:
+        found = find_spec("flash_attn.cute")
+    except ModuleNotFoundError:
+        found = None
+    if found is None or find_spec("cutlass") is None:
+        return "it needs FlashAttention-4: pip install 'flash-attn-4[cu13]'"
+    return unfit_for_hopper_kernels(device)
+
+
+FA4 = Engine(
+    name="fa4",
+    run=_run,
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset({torch.bfloat16, torch.float16}),
+    lse_devices=frozenset({"cuda"}),
+    takes_lengths=True,
+    key_multiple=_KEY_MULTIPLE,
+    missing=_missing,
+    limits=_limits,
+)

@@ -1,0 +1,133 @@
+"""The products of a Wan pass are counted and timed, and the cost of 8 bits is told."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastar.attention.context import Stream
+from fastar.backbones.wan import CausalWanTransformer, WanConfig
+from fastar.backbones.wan.fused import Execution, fuse
+from fastar.benchmark.elementwise import benchmark_elementwise
+from fastar.benchmark.linears import benchmark, products, velocity_error
+
+pytest.importorskip("triton")
+
+TINY = WanConfig(
+    dim=32,
+    num_layers=2,
+    num_heads=2,
+    ffn_dim=48,
+    freq_dim=16,
+    text_dim=16,
+    text_len=8,
+    numerics="self_forcing",
+)
+GRID, FRAMES = (2, 3), 3
+
+
+def no_attention(stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q + 1
+
+
+def given(model: CausalWanTransformer, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"latents": torch.randn(1, FRAMES, 16, 4, 6, dtype=dtype)}
+    sizes["timesteps"] = 1000 * torch.rand(1, FRAMES)
+    if model.config.text_dim is not None:
+        with torch.inference_mode():
+            sizes["text"] = model.project_text(torch.randn(1, 8, 16, dtype=dtype))
+    return sizes
+
+
+@pytest.mark.parametrize("config", [TINY, replace(TINY, text_dim=None, text_len=None)])
+def test_products_are_those_of_a_pass(config: WanConfig) -> None:
+    model = CausalWanTransformer(config)
+    inputs = given(model)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(**inputs, attend=no_attention)
+    listed = products(config, batch=1, frames=FRAMES, tokens_per_frame=GRID[0] * GRID[1])
+    assert sum(product.flops for product in listed) == counter.get_total_flops()
+
+
+def test_products_and_passes_are_timed() -> None:
+    rows = list(
+        benchmark(
+            TINY, frames=1, grid=GRID, executions=[Execution(), Execution(fused=True)],
+            device=torch.device("cpu"), dtype=torch.float32, repeats=1,
+        )
+    )  # fmt: skip
+    assert [row["what"] for row in rows] == [
+        "products, model", "pass without attention, eager", "pass without attention, fused, linears=model",
+    ]  # fmt: skip
+    assert rows[0]["of_products"] == 1 and all(row["ms"] > 0 and row["ms_captured"] is None for row in rows)
+    flops = sum(p.flops for p in products(TINY, batch=1, frames=1, tokens_per_frame=GRID[0] * GRID[1]))
+    assert rows[2]["tflops"] * rows[2]["ms"] * 1e9 == pytest.approx(flops)
+
+
+def test_kernels_are_timed(device: torch.device) -> None:
+    rows = list(
+        benchmark_elementwise(
+            TINY, frames=1, grid=GRID, key_width=32, device=device, dtype=torch.bfloat16, repeats=1
+        )
+    )
+    assert len(rows) == 8 and all(row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows)
+    calls = {row["what"]: row["calls"] for row in rows}
+    assert calls["residual and norm"] == 6 and calls["place, 32 wide"] == 2
+
+
+@pytest.mark.gpu
+def test_captured_products_and_passes_are_timed() -> None:
+    config = replace(TINY, dim=1536, num_heads=12, ffn_dim=8960)
+    executions = [Execution(), Execution(fused=True)]
+    if torch.cuda.get_device_capability() >= (8, 9):
+        executions.append(Execution(fused=True, linears="fp8"))  # type: ignore[arg-type]
+    rows = list(
+        benchmark(
+            config, frames=3, grid=(6, 10), executions=executions,
+            device=torch.device("cuda"), dtype=torch.bfloat16, repeats=2,
+        )
+    )  # fmt: skip
+    assert len(rows) == 2 * len(executions) - 1
+    assert all(row["ms_captured"] > 0 for row in rows)
+
+
+def test_velocity_error_is_that_of_8_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model's is some hundredths; the transformer is left eager, and its weights as they were."""
+    if device.type == "cpu":  # which multiplies 8 bits, too, slowly
+        monkeypatch.setattr("fastar.backbones.wan.fused.check_fp8", lambda transformer: None)
+    elif torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no 8-bit products on this GPU")
+    model = CausalWanTransformer(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = model.to(device, torch.bfloat16)
+    inputs = given(CausalWanTransformer(TINY).to(torch.bfloat16), torch.bfloat16)
+    inputs["text"] = torch.randn(1, 8, 16, dtype=torch.bfloat16)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+
+    def forward() -> Tensor:
+        return model(**inputs, attend=no_attention)
+
+    with torch.inference_mode():
+        before = forward()
+    assert 0.003 < velocity_error(model, forward) < 0.15
+    assert velocity_error(model, forward, Execution().linears) == 0
+    assert model.fused is None
+    with torch.inference_mode():
+        assert torch.equal(forward(), before)
+
+
+def test_execution_is_what_a_config_says() -> None:
+    model = CausalWanTransformer(TINY)
+    Execution(fused=True, linears="model").apply(model)  # type: ignore[arg-type]
+    assert model.fused is not None
+    Execution().apply(model)
+    assert model.fused is None
+    with pytest.raises(ValueError, match="needs fused=true"):
+        Execution(linears="fp8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fp8"):
+        fuse(model, "nonsense")

@@ -1,0 +1,181 @@
+"""What the fa4 engine hands to FlashAttention-4, by a stand-in that reads its arguments as the Hopper kernel does."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastar import engines
+from fastar.engines.augmented import augment_keys, augment_queries
+from fastar.engines.fa4 import FA4
+
+from .conftest import Draw
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One head: q [L, D] over the keys of each query's mask `read`; zeros and -inf where there are none."""
+    logits = (q @ k.T * scale).masked_fill(~read, -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return weights @ v, logits.logsumexp(-1)
+
+
+def head_by_head(q: Tensor, k: Tensor, v: Tensor, scale: float, read: Any) -> tuple[Tensor, Tensor]:
+    """[B, L, H, D] tensors; read(b, h) is the mask of a head."""
+    out, lse = (
+        q.new_full((*q.shape[:3], v.shape[3]), torch.nan),
+        q.new_full((q.shape[0], q.shape[2], q.shape[1]), torch.nan),
+    )
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            out[b, :, h], lse[b, h] = attention(q[b, :, h], k[b, :, h], v[b, :, h], read(b, h), scale)
+    return out, lse
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    block_sparse_tensors: Any = None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    keys = k.shape[1]
+    if block_sparse_tensors is None:
+        everything = torch.ones(q.shape[1], keys, dtype=torch.bool)
+        out, lse = head_by_head(q, k, v, softmax_scale, lambda b, h: everything)
+        return out, lse if return_lse else None
+    lists = block_sparse_tensors
+    block_q, block_k = lists.block_size
+    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q))
+    for counts, indices in (
+        (lists.mask_block_cnt, lists.mask_block_idx),
+        (lists.full_block_cnt, lists.full_block_idx),
+    ):
+        assert counts.dtype == indices.dtype == torch.int32
+        assert tuple(counts.shape) == shape and tuple(indices.shape[:3]) == shape and indices.stride(3) == 1
+    assert not lists.mask_block_cnt.any(), "masked blocks would be read whole, too"
+
+    # a tile that sticks out holds zeros, which only the first block to be read, the last of its list, leaves out
+    k, v = (pad(x, (0, 0, 0, 0, 0, -keys % block_k)) for x in (k, v))
+
+    def read(b: int, h: int) -> Tensor:
+        mask = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
+        for m in range(shape[2]):
+            row = lists.full_block_idx[b, h, m, : int(lists.full_block_cnt[b, h, m])].tolist()
+            for place, block in enumerate(reversed(row)):
+                stop = (block + 1) * block_k if place else min((block + 1) * block_k, keys)
+                mask[m * block_q : (m + 1) * block_q, block * block_k : stop] = True
+        return mask
+
+    out, lse = head_by_head(q, k, v, softmax_scale, read)
+    return out, lse if return_lse else None
+
+
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor, softmax_scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    assert seqused_k.dtype == torch.int32 and seqused_k.shape == q.shape[:1] and seqused_k.is_contiguous()
+    places = torch.arange(k.shape[1])
+    out, lse = head_by_head(
+        q, k, v, softmax_scale, lambda b, h: (places < seqused_k[b]).expand(q.shape[1], -1)
+    )
+    return out, lse if return_lse else None
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, cute, sparsity = (ModuleType(name) for name in ("flash_attn", "cute", "block_sparsity"))
+    cute.flash_attn_func, cute.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
+    sparsity.BlockSparseTensorsTorch = SimpleNamespace  # type: ignore[attr-defined]
+    for name, module in {"": package, ".cute": cute, ".cute.block_sparsity": sparsity}.items():
+        monkeypatch.setitem(sys.modules, f"flash_attn{name}", module)
+
+
+@pytest.mark.parametrize("ordered", ["both", "queries", "neither"])
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+def test_block_lists(draw: Draw, biased: bool, ordered: str) -> None:
+    q, k, v = draw.normal(2, 3, 150, 16), draw.normal(2, 3, 133, 16), draw.normal(2, 3, 133, 24)
+    plan = draw.plan(2, 3, 150, 133, 64, 16)
+    if ordered != "both":
+        orders = {"key_order": None} | ({"query_order": None} if ordered == "neither" else {})
+        plan = dataclasses.replace(plan, **orders, lengths=(150, 133))
+    log_count = draw.log_count(2, 3, 133) if biased else None
+    call = engines.AttentionCall(q, k, v, log_count, plan, return_lse=True)
+    assert FA4.limits(call) is None
+    out, lse = FA4.run(call)
+    expected, natural = engines.attend(
+        q, k, v, log_count=log_count, plan=plan, engine="reference", return_lse=True
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert lse is not None
+    torch.testing.assert_close(lse, natural, rtol=1e-4, atol=1e-4)
+    assert (expected == 0).all(-1).any(), "a query block that reads nothing was among them"
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+def test_dense_calls(draw: Draw, biased: bool, ragged: bool) -> None:
+    q, k, v = draw.normal(2, 3, 50, 16), draw.normal(2, 3, 133, 16), draw.normal(2, 3, 133, 24)
+    lengths = torch.tensor([[133, 17, 0], [1, 132, 60]], dtype=torch.int32) if ragged else None
+    log_count = draw.log_count(2, 3, 133) if biased else None
+    out, lse = FA4.run(engines.AttentionCall(q, k, v, log_count, None, True, lengths=lengths))
+    expected, natural = engines.attend(
+        q, k, v, log_count=log_count, lengths=lengths, engine="reference", return_lse=True
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert lse is not None
+    torch.testing.assert_close(lse, natural, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_kept_augmented_are_handed_over_as_they_lie(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of a buffer of slots is not copied, and the scale is that of the true head dim."""
+    width = engines.key_width("fa4", 16)
+    q, buffer, v = draw.normal(1, 3, 70, 16), draw.normal(1, 3, 200, width), draw.normal(1, 3, 200, 24)
+    log_count = draw.log_count(1, 3, 133)
+    log_count[0, 0] = 0.0
+    buffer[:, :, :133] = augment_keys(buffer[:, :, :133, :16], log_count, width)
+    seen: list[Tensor] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        seen.extend((k, v))
+        return flash_attn_func(q, k, v, **options)
+
+    monkeypatch.setattr(sys.modules["flash_attn.cute"], "flash_attn_func", spy)
+    k = buffer[:, :, :133]
+    plan = dataclasses.replace(draw.plan(1, 3, 70, 133, 64, 16), key_order=None, lengths=(70, 133))
+    for options in ({"plan": None}, {"plan": plan}):
+        call = engines.AttentionCall(
+            augment_queries(q, width), k, v[:, :, :133], None, options["plan"], False, 16
+        )
+        out, _ = FA4.run(call)
+        expected, _ = engines.attend(
+            q, k[..., :16], v[:, :, :133], log_count=log_count, engine="reference", **options
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert [x.data_ptr() for x in seen] == [buffer.data_ptr(), v.data_ptr()] * 2
+
+
+def test_limits(draw: Draw) -> None:
+    def reason(
+        block_q: int, block_k: int, *, dims: tuple[int, int] = (16, 16), tags: bool = False
+    ) -> str | None:
+        q, k = draw.normal(1, 1, 70, dims[0]), draw.normal(1, 1, 133, dims[0])
+        plan = draw.plan(1, 1, 70, 133, block_q, block_k, tags=tags)
+        return FA4.limits(
+            engines.AttentionCall(q, k, draw.normal(1, 1, 133, dims[1]), k[..., 0], plan, False)
+        )
+
+    assert reason(64, 128) is None and reason(192, 64) is None
+    assert reason(32, 128) == "its plans need a multiple of 64 queries to a block, not 32"
+    assert reason(64, 256) == "its plans need a multiple of 16 and at most 128 keys to a block, not 256"
+    assert reason(64, 128, tags=True) == "it takes no block plan with tags inside the blocks"
+    assert "not 272 and 128" in str(reason(64, 128, dims=(256, 128)))
+    assert "not 32 and 20" in str(reason(64, 128, dims=(16, 20)))

@@ -1,0 +1,155 @@
+"""Captured passes give the bits of those that are not, and wait for nothing inside a chunk."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastar.attention.state import AttentionState
+from fastar.backbones import Backbone, Prompts
+from fastar.cache import (
+    CachePolicy,
+    DenseCache,
+    HeadwiseCache,
+    RandomCache,
+    StockWindow,
+    TempCache,
+    WindowCache,
+)
+from fastar.rollout import capture
+from fastar.rollout.method import Method, start_rollout
+from fastar.rollout.rollout import NonFiniteError, Rollout
+from tests.small import small_loop, text_backbone
+
+CHUNK = 3
+FRAMES = 14 * CHUNK
+BUDGET = {"budget_frames": 14, "storage": "float32"}
+
+POLICIES: dict[str, Callable[[], CachePolicy]] = {
+    "tempcache": lambda: TempCache(**BUDGET),
+    "stock": lambda: StockWindow(attended_frames=3 * CHUNK, storage="float32"),
+    "window": lambda: WindowCache(sink_frames=1, **BUDGET),
+    "random": lambda: RandomCache(recent_frames=2, **BUDGET),
+    "int4": lambda: WindowCache(budget_frames=3, slot_bits=4),
+    "dense": lambda: DenseCache(storage="float32"),
+}
+
+
+class OnCpu:
+    """In place of `capture.Graphs`: runs everything, always."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.keys: list[Any] = []
+
+    def run(self, key: Any, body: Callable[[], Any]) -> Any:
+        self.keys.append(key)
+        return body()
+
+    def clear(self) -> None:
+        self.keys.clear()
+
+
+@pytest.fixture
+def reader() -> Backbone:
+    """A backbone that reads text and is told nothing else."""
+    return text_backbone()
+
+
+def rollout_of(backbone: Backbone, policy: Callable[[], CachePolicy], *, capture: bool) -> Rollout:
+    generator = torch.Generator().manual_seed(3)
+    words = Prompts(torch.randn(1, 5, 48, generator=generator), lengths=torch.tensor([5]))
+    return start_rollout(
+        backbone, Method(name="x", cache=policy), loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7], prompts=words,
+        capture=capture,
+    )  # fmt: skip
+
+
+def video(rollout: Rollout, frames: int = FRAMES) -> Tensor:
+    return torch.cat([chunk.cpu() for chunk in rollout.generate(frames)], 1)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_bits_are_those_of_plain_passes(
+    name: str, reader: Backbone, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(capture, "Graphs", OnCpu)
+    reader.transformer.to(device)
+    plain, captured = (rollout_of(reader, POLICIES[name], capture=flag) for flag in (False, True))
+    assert torch.equal(video(plain), video(captured))
+    saved = [rollout.state_dict()["attention"]["cache"] for rollout in (plain, captured)]
+    assert saved[0].keys() == saved[1].keys()
+    for key, value in saved[0].items():
+        same = torch.equal(value, saved[1][key]) if isinstance(value, Tensor) else value == saved[1][key]
+        assert same, key
+
+
+def test_a_saved_rollout_goes_on(
+    reader: Backbone, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(capture, "Graphs", OnCpu)
+    reader.transformer.to(device)
+    whole = video(rollout_of(reader, POLICIES["tempcache"], capture=True))
+    first = rollout_of(reader, POLICIES["tempcache"], capture=True)
+    begun = video(first, 8 * CHUNK)
+    second = rollout_of(reader, POLICIES["tempcache"], capture=True)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(whole, torch.cat([begun, video(second, FRAMES - 8 * CHUNK)], 1))
+
+
+def test_full_caches_repeat_their_passes(reader: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "Graphs", OnCpu)
+    rollout = rollout_of(reader, POLICIES["tempcache"], capture=True)
+    video(rollout)
+    assert rollout._captured is not None
+    keys = rollout._captured._graphs.keys
+    per_chunk = len(rollout.loop.timesteps) + 2  # a commit has two: the pass, and the cache's work
+    assert len(set(keys[-per_chunk:])) == per_chunk and keys[-per_chunk:] == keys[-2 * per_chunk : -per_chunk]
+
+
+def test_what_is_not_finite_is_not_committed(
+    reader: Backbone, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(capture, "Graphs", OnCpu)
+    reader.transformer.to(device)
+    rollout = rollout_of(reader, POLICIES["tempcache"], capture=True)
+    video(rollout, 12 * CHUNK)
+    before = rollout.state_dict()
+    chunk = rollout.denoise()
+    with pytest.raises(NonFiniteError, match="commit pass"):
+        rollout.commit(chunk * torch.nan)
+    after = rollout.state_dict()
+    assert after["next_frame"] == before["next_frame"]
+    for key, value in before["attention"]["cache"].items():
+        assert not isinstance(value, Tensor) or torch.equal(value, after["attention"]["cache"][key])
+    assert torch.isfinite(video(rollout, CHUNK)).all(), "and then it goes on"
+
+
+def test_what_cannot_be_captured_is_refused(reader: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="on a CUDA device only, not on cpu"):
+        rollout_of(reader, POLICIES["dense"], capture=True)
+    monkeypatch.setattr(capture, "Graphs", OnCpu)
+    headwise = partial(HeadwiseCache, policy=partial(WindowCache), budget_frames=8)
+    with pytest.raises(ValueError, match="HeadwiseCache, whose work depends"):
+        rollout_of(reader, headwise, capture=True)
+
+
+@pytest.mark.gpu
+def test_no_chunk_waits_for_the_device(reader: Backbone) -> None:
+    """From the second chunk of a full cache on, the host looks once a chunk: at whether it is finite."""
+    reader.transformer.to("cuda")
+    rollout = rollout_of(reader, POLICIES["tempcache"], capture=True)
+    video(rollout, 12 * CHUNK)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chunk = rollout.denoise()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rollout.commit(chunk)
+    assert isinstance(rollout.state, AttentionState)
