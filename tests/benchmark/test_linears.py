@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastar.attention.context import Stream
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.fused import Execution, fuse
-from fastar.benchmark.elementwise import benchmark_elementwise
+from fastar.backbones.wan.linears import Linears, multiplies_fp8
+from fastar.benchmark.elementwise import kernels_of, timed_kernels
 from fastar.benchmark.linears import benchmark, products, velocity_error
 
 pytest.importorskip("triton")
@@ -68,12 +69,12 @@ def test_products_and_passes_are_timed() -> None:
 
 
 def test_kernels_are_timed(device: torch.device) -> None:
-    rows = list(
-        benchmark_elementwise(
-            TINY, frames=1, grid=GRID, key_width=32, device=device, dtype=torch.bfloat16, repeats=1
-        )
-    )
-    assert len(rows) == 8 and all(row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows)
+    linears = Linears.FP8 if device.type == "cpu" or multiplies_fp8(device) else Linears.MODEL
+    sizes = {"frames": 1, "grid": GRID, "key_width": 32, "linears": linears, "dtype": torch.bfloat16}
+    kernels = kernels_of(TINY, **sizes, device=device)  # type: ignore[arg-type]
+    rows = list(timed_kernels(kernels, device=device, repeats=1))
+    assert len(rows) == 6 + 2 * (linears == Linears.FP8)
+    assert all(row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows)
     calls = {row["what"]: row["calls"] for row in rows}
     assert calls["residual and norm"] == 6 and calls["place, 32 wide"] == 2
 
@@ -82,7 +83,7 @@ def test_kernels_are_timed(device: torch.device) -> None:
 def test_captured_products_and_passes_are_timed() -> None:
     config = replace(TINY, dim=1536, num_heads=12, ffn_dim=8960)
     executions = [Execution(), Execution(fused=True)]
-    if torch.cuda.get_device_capability() >= (8, 9):
+    if multiplies_fp8(torch.device("cuda")):
         executions.append(Execution(fused=True, linears="fp8"))  # type: ignore[arg-type]
     rows = list(
         benchmark(
@@ -98,7 +99,7 @@ def test_velocity_error_is_that_of_8_bits(device: torch.device, monkeypatch: pyt
     """An untrained model's is some hundredths; the transformer is left eager, and its weights as they were."""
     if device.type == "cpu":  # which multiplies 8 bits, too, slowly
         monkeypatch.setattr("fastar.backbones.wan.fused.check_fp8", lambda transformer: None)
-    elif torch.cuda.get_device_capability() < (8, 9):
+    elif not multiplies_fp8(device):
         pytest.skip("no 8-bit products on this GPU")
     model = CausalWanTransformer(TINY)
     with torch.no_grad():

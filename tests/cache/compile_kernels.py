@@ -1,4 +1,4 @@
-"""Compiles every kernel of fastar.cache for an H100 (sm_90), as `fastar.cache.fused` launches them; prints what each takes.
+"""Compiles every kernel of fastar.cache for an H100 (sm_90), as `fastar.cache.fused` launches it; prints its needs.
 
 Run as a program: `python tests/cache/compile_kernels.py`. Fails as tests/ann/compile_kernels.py does.
 """
@@ -38,7 +38,7 @@ def compiled(kernel, warps: int, numbers: dict[str, str], **constants):  # type:
 
 def main() -> None:
     """All kernels, in bfloat16 at Wan's head of 128."""
-    bf16, key = "*bf16", {"D": 128, "WIDTH": 128, "UPCAST": False}
+    bf16, key = "*bf16", {"D": 128, "WIDTH": 128, "PRECISION": "tf32", "UPCAST": False}
     for rotate, full, wanted in ((True, True, "wgmma.*bf16"), (False, False, "ld.global")):
         numbers = {"x": bf16, "rows": "i32"}
         result = compiled(kernels.moments, 8, numbers, BLOCK=64, ROTATE=rotate, FULL=full, **key)
@@ -60,8 +60,9 @@ def main() -> None:
         result = compiled(kernels.cheaper_partner, 4, {"x": bf16, "count_of_rows": "i32"}, **constants)
         report(f"cheaper_partner, rows={rows}, found={found}", result, "ld.global")
     for gone in (False, True):
-        result = compiled(kernels.lowest, 16, {}, BLOCK=8192, GONE=gone)
+        result = compiled(kernels.lowest, 16, {}, BLOCK=4096, GONE=gone)
         report(f"lowest, gone={gone}", result, "ld.global")
+    report("places", compiled(kernels.places, 16, {"flags": "*u8"}, BLOCK=4096, WANTED=1), "ld.global")
     report("find_roots", compiled(kernels.find_roots, 4, {}, BLOCK=256), "ld.global")
     for first, width in ((0, 64), (0, 128), (0, 256), (128, 256)):
         constants = {"FIRST": first, "F": width, "WIDTH": width - first, "RUNS": 4, "STEP": 4, "TOTAL": True}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +14,14 @@ import torch
 from torch import Tensor
 
 from fastar import cache
+from fastar.ann.similarity import moment_factor, random_directions
+from fastar.attention.rope import RotaryEmbedding, grid_positions
+from fastar.benchmark.commit import CommitGeometry, StandIn, commit_rows, stage
+from fastar.cache import fused, merge
 from fastar.cache.policy import SlotPolicy
+from tests.dispatch import Watched
 
-from .worlds import FLOAT, LAYERS, bound, random_chunk
+from .worlds import FLOAT, TOKENS, bound, random_chunk
 
 pytest.importorskip("triton")
 
@@ -22,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one_round": {"rounds": 1, "weighting": "ward"},
     "regions": {"sink_frames": 1, "recent_frames": 1, "weighting": "older"},
     "all_recent": {"recent_share": 0.0, "refresh": 0.0},
+    "narrow": {"match_width": 16},
     "no_value": {"value_weight": 0.0, "weighting": "none", "rounds": 3},
 }
 
@@ -33,11 +43,20 @@ def _device_that_triton_takes(request: pytest.FixtureRequest) -> None:
         pytest.skip("Triton's interpreter is on only where there is no GPU (tests/conftest.py)")
 
 
-def committed(policy: SlotPolicy, chunks: int, device: torch.device, layers: int = LAYERS) -> SlotPolicy:
-    bound(policy, device=device, layers=layers, chunk_frames=2)
+def whole(*shape: int, device: torch.device) -> Tensor:
+    return torch.randint(-3, 4, shape).float().to(device)
+
+
+def committed(policy: Any, device: torch.device, chunks: int = 5, layers: int = 1) -> Any:
+    """After commits of two frames; one head, since the interpreter takes its time."""
+    bound(policy, device=device, layers=layers, batch=1, num_heads=2 if layers == 1 else 1, chunk_frames=2)
+    heads = policy.spec.num_heads
     for number in range(chunks):
         for layer in range(layers):
-            policy.stage(layer, random_chunk(1000 * layer + number, 2 * number, device=device))
+            chunk = random_chunk(1000 * layer + number, 2 * number, device=device)
+            for name in ("q_raw", "k_raw", "k", "v"):
+                setattr(chunk, name, getattr(chunk, name)[:1, :heads])
+            policy.stage(layer, chunk)
         policy.commit(2 * number, 2)
     return policy
 
@@ -49,14 +68,259 @@ def fields(policy: SlotPolicy, layer: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_fused_commits_are_the_plain_ones(name: str, device: torch.device) -> None:
     """Random float32 features have no near ties: the same slots merge, and numbers agree to rounding."""
-    options = {"budget_frames": 14, **FLOAT, **VARIANTS[name]}
-    plain = committed(cache.TempCache(**options), 9, device)
-    fused = committed(cache.TempCache(commit_by="fused", **options), 9, device)
-    assert plain.filled == fused.filled == plain.capacity_slots()
-    for layer in range(LAYERS):
-        expected, found = fields(plain, layer), fields(fused, layer)
+    options = {"budget_frames": 12, **FLOAT, **VARIANTS[name]}
+    layers = 2 if name == "last" else 1
+    plain = committed(cache.TempCache(**options), device, layers=layers)
+    together = committed(cache.TempCache(commit_by="fused", **options), device, layers=layers)
+    assert plain.filled == together.filled == plain.capacity_slots()
+    for layer in range(layers):
+        expected, found = fields(plain, layer), fields(together, layer)
         for field in ("position", "count", "partner"):
             assert torch.equal(expected[field], found[field]), field
         for field in ("key", "value", "moment", "observed"):
             torch.testing.assert_close(found[field], expected[field], rtol=1e-4, atol=1e-4)
-    assert (fields(fused, 0)["count"] > 1).any()
+        assert (found["count"] > 1).any()
+
+
+def test_a_fused_commit_waits_for_nothing_and_writes_without_allocating() -> None:
+    device = torch.device("cpu")
+    policy = committed(cache.TempCache(commit_by="fused", budget_frames=8), device, chunks=4)
+    before = policy.state_dict()
+    chunk = random_chunk(9, 8)
+    for name in ("q_raw", "k_raw", "k", "v"):
+        setattr(chunk, name, getattr(chunk, name)[:1])
+    policy.stage(0, chunk)
+    prepared = policy.prepare(8, 2)
+    for name, x in policy.state_dict().items():
+        assert torch.equal(before[name], x) if isinstance(x, Tensor) else before[name] == x
+    with Watched() as watched:
+        policy.finish(prepared, 8, 2)
+    assert not watched.waiting and policy.filled == policy.capacity_slots()
+
+
+def test_the_same_input_gives_the_same_bits_however_many_layers_go_together(device: torch.device) -> None:
+    options: dict[str, Any] = {"commit_by": "fused", "budget_frames": 7, "rounds": 1}
+    one, two = (committed(cache.TempCache(layers_at_once=n, **options), device, 4, layers=2) for n in (1, 2))
+    for layer in range(2):
+        expected, found = fields(one, layer), fields(two, layer)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def first(cost: Tensor, number: int) -> Tensor:
+    """Places of the `number` lowest, ascending."""
+    return cost.argsort(dim=1, stable=True)[:, :number].sort(dim=1).values
+
+
+@pytest.mark.parametrize(("size", "number"), [(1, 1), (16, 5), (37, 36), (50, 50)])
+def test_the_lowest_are_those_that_sorting_finds(size: int, number: int, device: torch.device) -> None:
+    cost = whole(2, size, device=device)
+    cost[cost == 3] = math.inf
+    cost[0, :2] = torch.tensor([-0.5, 1e-30])[:size]
+    gone = (torch.rand(2, size) < 0.3).to(torch.uint8).to(device)
+    order = first(cost.masked_fill(gone != 0, math.nan), number)
+    chosen, rows = fused.lowest(cost, number, gone)
+    assert torch.equal(rows.long(), order)
+    assert torch.equal(chosen.nonzero()[:, 1].view(2, number), order)
+    chosen, rows = fused.lowest(cost, number)
+    assert torch.equal(rows.long(), first(cost, number))
+    rest = fused.places(chosen, size - number, wanted=False)
+    assert torch.equal(rest.long(), (chosen == 0).nonzero()[:, 1].view(2, -1))
+    assert torch.equal(fused.places(chosen, number, wanted=True), rows)
+
+
+@pytest.mark.parametrize(("size", "block"), [(30, 16), (9000, 4096)])
+def test_rows_longer_than_a_block(
+    size: int, block: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu" and size > 100:
+        pytest.skip("the interpreter would take long")
+    monkeypatch.setattr(fused, "_BLOCK", block)
+    cost = whole(2, size, device=device)
+    chosen, rows = fused.lowest(cost, size // 2)
+    assert torch.equal(rows.long(), first(cost, size // 2))
+    assert torch.equal(fused.places(chosen, size // 2, wanted=True), rows)
+
+
+def test_groups_are_folded_into_their_means(device: torch.device) -> None:
+    """Chains, joins and one long run, with columns that stay."""
+    size, width, first = 60, 20, 4
+    partner = (torch.arange(size) + torch.randint(1, 5, (2, size))).clamp_max(size - 1)
+    partner[1, :40] = 59
+    chosen = torch.rand(2, size) < 0.7
+    chosen[:, -1] = False
+    chosen[:, 0] = True
+    partner, flags = partner.to(torch.int32).to(device), chosen.to(torch.uint8).to(device)
+    own = torch.arange(size, device=device)
+    root = fused.find_roots(flags, partner)
+    assert torch.equal(root.long(), merge.find_roots(torch.where(chosen.to(device), partner.long(), own)))
+    x, count = torch.randn(2, size, width, device=device), torch.randint(1, 9, (2, size)).float().to(device)
+    mean, mass = merge.group_mean(x, root.long(), count, size)
+    for problem in range(2):
+        rows = chosen[problem].nonzero().T.to(torch.int32).to(device)
+        runs = fused.Runs.of(rows, root[problem, None])
+        folded = x[problem, None].clone()
+        total = runs.fold(folded, count[problem, None], first=first, total=True)
+        stays = ~chosen[problem]
+        torch.testing.assert_close(folded[0, stays, first:], mean[problem, stays, first:])
+        assert torch.equal(folded[0, :, :first], x[problem, :, :first])
+        assert torch.equal(folded[0, ~stays], x[problem, ~stays])
+        assert torch.equal(total[0, stays], mass[problem, stays])
+
+
+def test_moments_and_their_factors(device: torch.device) -> None:
+    x = torch.randn(1, 2, 70, 12, device=device)
+    rope, positions = RotaryEmbedding(12), grid_positions(3, 1, (7, 10), device=device)
+    turned = rope.rotate(x, positions).flatten(0, 1)
+    sums, squares = fused.moments(
+        x.transpose(1, 2).contiguous().transpose(1, 2), turns=rope.tables(positions), span=64
+    )
+    torch.testing.assert_close(sums, turned.sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(squares, turned.mT @ turned, rtol=1e-4, atol=1e-4)
+    sums, squares = fused.moments(x, full=False)
+    torch.testing.assert_close(squares, x.flatten(0, 1).square().sum(1), rtol=1e-4, atol=1e-4)
+    moment = turned.mT @ turned / 70
+    moment[1] -= 2 * torch.eye(12, device=device)  # not positive definite
+    torch.testing.assert_close(
+        fused.moment_factors(moment), moment_factor(moment) * 12**-0.5, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_directions_are_orthonormal() -> None:
+    plane = random_directions(0, 24, 16, torch.device("cpu"))
+    torch.testing.assert_close(plane.T @ plane, torch.eye(16))
+    with pytest.raises(ValueError, match="ask for fewer"):
+        random_directions(0, 8, 16, torch.device("cpu"))
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in (
+        ({"commit_by": "gpu"}, "plain, fused"),
+        ({"commit_by": "fused", "per_head": False}, "needs per_head=True, got False"),
+        ({"commit_by": "fused", "match_space": "raw"}, "match_space=roped, got raw"),
+        ({"commit_by": "fused", "key": "medoid"}, "key=mean or last"),
+        ({"commit_by": "fused", "slot_bits": 8}, "slot_bits=16, got mean and 8"),
+        ({"match_width": 24}, "power of two"),
+        ({"commit_by": "fused", "layers_at_once": 0}, "layers_at_once must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.TempCache(budget_frames=9, **options)  # type: ignore[arg-type]
+    monkeypatch.setattr("fastar.cache.fused_commit.interpreted", lambda: False)
+    policy = cache.TempCache(budget_frames=6, commit_by="fused")
+    with pytest.raises(ValueError, match="not on cpu: set commit_by=plain"):
+        committed(policy, torch.device("cpu"), chunks=1)
+
+
+def test_a_prefill_is_taken_in_chunk_by_chunk(device: torch.device) -> None:
+    """By the plain path, which keeps more digits."""
+    views = []
+    for step in (2, 8):
+        policy = cache.TempCache(commit_by="fused", budget_frames=10, rounds=1, **FLOAT)
+        bound(policy, device=device, layers=1, batch=1, num_heads=1, chunk_frames=2)
+        for first in range(0, 8, step):
+            chunk = random_chunk(0, 0, 8, device=device)
+            for name in ("q_raw", "k_raw", "k", "v"):
+                x = getattr(chunk, name)[:1, :1, first * TOKENS : (first + step) * TOKENS]
+                setattr(chunk, name, x)
+            chunk.positions = chunk.positions[first * TOKENS : (first + step) * TOKENS]
+            policy.stage(0, chunk)
+            policy.commit(first, step)
+        views.append(policy.view(0))
+    assert torch.equal(views[0].positions, views[1].positions)
+    torch.testing.assert_close(views[0].k, views[1].k, rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_times_every_step(device: torch.device) -> None:
+    geometry = CommitGeometry(layers=1, heads=1, head_dim=16, grid=(2, 3))
+    options = {"rounds": 1, "refresh": 0.0}
+    (row,) = commit_rows([14], options, geometry, device=device, repeats=1)
+    assert row["contents"] == "stand-in" and row["slots"] > 11 * 6
+    assert all(row[name] > 0 for name in ("features", "match", "merge", "renew", "edit", "total"))
+    assert ("graph" in row) == (device.type == "cuda")
+
+
+GEOMETRY = CommitGeometry(layers=2, heads=4, grid=(15, 26))
+
+
+def rollout(options: dict[str, Any], chunks: int = 6) -> Any:
+    """A policy at a real head's size on the GPU, after commits of stand-ins, with one more staged."""
+    device = torch.device("cuda")
+    policy = cache.TempCache(budget_frames=9, **options)
+    policy.bind(GEOMETRY.spec(device))
+    contents = StandIn(GEOMETRY, device)
+    for _ in range(chunks):
+        stage(policy, contents.chunk())
+        policy.commit(policy.next_frame, GEOMETRY.chunk_frames)
+    stage(policy, contents.chunk())
+    return policy
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"rounds": 1, "refresh": 0.125, "match_width": 64}], ids=["all", "fast"]
+)
+def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]) -> None:
+    """Features of 16 bits settle near ties in another way: other slots merge here and there, at the same cost."""
+    error = {}
+    dense = cache.DenseCache()
+    dense.bind(GEOMETRY.spec(torch.device("cuda")))
+    contents = StandIn(GEOMETRY, torch.device("cuda"))
+    for _ in range(6):
+        stage(dense, contents.chunk())  # type: ignore[arg-type]
+        dense.commit(dense.next_frame, GEOMETRY.chunk_frames)
+    q = dense.view(0).k[:, :, -500:].float()
+
+    def attended(view: cache.CacheView) -> Tensor:
+        bias = 0 if view.log_count is None else view.log_count[:, :, None]
+        return ((q @ view.k.float().mT) / math.sqrt(q.shape[-1]) + bias).softmax(-1) @ view.v.float()
+
+    expected = attended(dense.view(0))
+    for by in ("plain", "fused"):
+        policy = rollout({"commit_by": by, **options})
+        assert policy.filled == policy.capacity_slots()
+        found = policy.view(0)
+        tokens = found.log_count.double().exp().sum(-1)
+        assert (tokens - 18 * 15 * 26).abs().max() < 1e-2
+        error[by] = float((attended(found) - expected).norm() / expected.norm())
+    assert error["fused"] < 1.02 * error["plain"] and error["plain"] < 1.02 * error["fused"]
+
+
+@pytest.mark.gpu
+def test_a_full_cache_commits_in_a_graph() -> None:
+    """Captured once and replayed, on what was staged at capture: the bits of an eager commit, and again of another."""
+    options = {"commit_by": "fused", "rounds": 1, "refresh": 0.125, "match_width": 64}
+    eager, captured = rollout(options), rollout(options)
+    before = captured.state_dict()
+    staged = dict(captured._staged)
+    captured.commit(18, 3)  # what is compiled and kept at the first call is not captured
+    captured.load_state_dict(before)
+    captured._staged.update(staged)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured._take_in(captured._commit_layers(fused_scratch()))
+    for _ in range(2):
+        eager._staged.update(staged)
+        with torch.no_grad():
+            eager._take_in(eager._commit_layers(fused_scratch()))
+        graph.replay()
+        for layer in range(GEOMETRY.layers):
+            expected, found = fields(eager, layer), fields(captured, layer)
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def fused_scratch() -> Any:
+    from fastar.cache.change import Scratch
+
+    return Scratch()
+
+
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    """In a process without the interpreter, which replaces the compiler. Needs no GPU."""
+    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    without["TRITON_CACHE_DIR"] = str(tmp_path)
+    without["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), without.get("PYTHONPATH", "")])
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=without, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("shared memory") == 17

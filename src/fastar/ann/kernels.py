@@ -1,9 +1,9 @@
 """Triton kernels of nearest-neighbour search: scores live in registers, a tile at a time, never in memory.
 
 Legend: N problems, n queries, m keys, D features, W words of a code; S partial results a query (parts of the keys, or
-hash tables). Tensors are contiguous unless a stride is given. A program holds a tile of Q queries and streams over tiles of K keys with a
-running best; `merge_partials` picks the best of the S. Everywhere the first of equally good keys wins, so that the
-answer does not depend on how the work was split. Scores must not be NaN: such a key is never found.
+hash tables). Tensors are contiguous unless a stride is given. A program holds a tile of Q queries and streams over
+tiles of K keys with a running best; `merge_partials` picks the best of the S. Everywhere the first of equally good keys
+wins, so that the answer does not depend on how the work was split. Scores must not be NaN: such a key is never found.
 """
 
 # Sizes are not specialised: a cache that grows would compile again, and a size of 1 would become a constant.

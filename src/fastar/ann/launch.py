@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Excluded, Metric
+from fastar.interpreter import interpreted
 
 Precision = Literal["ieee", "tf32x3", "tf32", "bfloat16"]
 _WAVES = 2  # programs wanted for every multiprocessor before keys are no longer split
@@ -172,7 +173,7 @@ class FusedSearch:
 
 
 def nearest_allowed(
-    queries: Tensor, keys: Tensor, offset: Tensor, excluded: Tensor, tile: Tile | None = None
+    queries: Tensor, keys: Tensor, offset: Tensor, excluded: Tensor | None, tile: Tile | None = None
 ) -> Tensor:
     """The key with the largest q.k + offset of every query, -1 if none is allowed: int32 [N, n].
 
@@ -181,7 +182,7 @@ def nearest_allowed(
     Args:
         queries, keys: [N, n, d] and [N, m, d], rows next to one another; the problems may lie apart.
         offset: float32 [N, m], in the same way.
-        excluded: int32 [2, N or 1, n], contiguous: keys low .. high - 1 that a query may not match.
+        excluded: int32 [2, N or 1, n], contiguous: keys low .. high - 1 that a query may not match; None: all may be.
         tile: None for one that suits the dtype.
     """
     (problems, n, width), m = queries.shape, keys.shape[1]
@@ -192,9 +193,9 @@ def nearest_allowed(
     scores = torch.empty(splits, problems, n, device=keys.device)
     indices = torch.empty(splits, problems, n, dtype=torch.int32, device=keys.device)
     kernels().nearest[(_blocks(n, tile.queries), splits, problems)](
-        queries, keys, offset, offset, excluded, scores, indices, problems, n, m, span,
-        queries.stride(0), keys.stride(0), offset.stride(0), 0 if excluded.shape[1] == 1 else n,
-        D=width, Q=tile.queries, K=tile.keys, WIDTH=tile.width, INTEGER=False, EXCLUDE=True,
+        queries, keys, offset, offset, offset if excluded is None else excluded, scores, indices, problems, n, m, span,
+        queries.stride(0), keys.stride(0), offset.stride(0), 0 if excluded is None or excluded.shape[1] == 1 else n,
+        D=width, Q=tile.queries, K=tile.keys, WIDTH=tile.width, INTEGER=False, EXCLUDE=excluded is not None,
         UPCAST=interpreted(), PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits == 1:
@@ -232,13 +233,6 @@ def kernels() -> Any:
     from fastar.ann import kernels as module
 
     return module
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, as it does on any machine if TRITON_INTERPRET=1."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def check_triton() -> None:

@@ -13,6 +13,7 @@ above 0.9. The expected logit change is what a merge does to the softmax, averag
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -69,6 +70,23 @@ def moment_factor(moment: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(moment + jitter)
     fallback = torch.diag_embed((moment.diagonal(dim1=-2, dim2=-1) + ridge).clamp_min(0).sqrt())
     return torch.where((info == 0)[..., None, None], factor, fallback)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # for callers of either mode
+def random_directions(seed: int, width: int, number: int, device: torch.device) -> Tensor:
+    """`number` orthonormal directions of `width` dimensions, float32 [width, number], drawn by seed and shape alone.
+
+    The last few are kept, and must not be written to: a copy to the GPU in every call would make the host wait.
+
+    Raises:
+        ValueError: more directions than dimensions.
+    """
+    if number > width:
+        raise ValueError(f"there are no {number} orthogonal directions of {width} dimensions: ask for fewer")
+    generator = torch.Generator().manual_seed(seed)
+    plane = torch.randn(width, number, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(plane).Q.float().contiguous().to(device)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:

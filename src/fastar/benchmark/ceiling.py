@@ -14,6 +14,7 @@ from fastar import engines
 from fastar.benchmark.page import Page
 from fastar.benchmark.timing import matmul_flops, timed
 from fastar.benchmark.workload import Workload, redundancy_of
+from fastar.engines.auto import example_call
 from fastar.rollout.rollout import Rollout
 
 COPIED = 2**30  # bytes of the copy that is timed on a GPU; a CPU's takes a 64th of it
@@ -76,7 +77,8 @@ def measure_ceiling(workload: Workload, config: DictConfig, page: Page) -> Ceili
     )
     flops = sum(2 * tokens * w.numel() for w in weights)
 
-    engine = engines.resolve(config.engine.name, device)
+    call = example_call(dtype=dtype, head_dim=sizes.head_dim, device=device)
+    engine = engines.resolve(config.engine.name, device, call)
     window = int(config.rollout.window.attended_frames) * workload.session.backbone.config.tokens_per_frame
     shape = (1, sizes.num_heads, window, sizes.head_dim)
     k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(2))

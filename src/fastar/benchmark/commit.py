@@ -6,6 +6,7 @@ about a mean that all share, with a decaying spectrum). Their redundancy is made
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastar.ann.launch import Tile, nearest_allowed
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.benchmark.timing import timed
 from fastar.cache.base import CacheSpec, Staged
@@ -20,6 +22,8 @@ from fastar.cache.change import Scratch
 from fastar.cache.fused import choose, match
 from fastar.cache.fused_commit import kept, observed, plan, slots_of
 from fastar.cache.tempcache import TempCache
+
+FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.125, "rounds": 1}  # conf/cache/tempcache_fast.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     layers, arrived, frame = range(spec.num_layers), staged[0].k.shape[2], spec.tokens_per_frame
     extras = {name: torch.cat([own[name] for own in policy._extras]) for name in policy._extras[0]}
     stop = min(policy.filled, policy.filled + arrived - policy.verbatim_slots())
-    buffer = policy._part(layers)
+    buffer = policy._buffers.part(layers)
     inside = buffer.narrow(policy.sink_frames * frame, stop)
     known, surplus = max(0, inside.size - arrived), policy.filled + arrived - policy.capacity_slots()
 
@@ -161,3 +165,49 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
             total()
         seconds["graph"] = timed(graph.replay, device=device, repeats=repeats).median
     return seconds
+
+
+def tile_rows(
+    widths: Sequence[int],
+    tiles: Sequence[Tile],
+    geometry: CommitGeometry,
+    *,
+    device: torch.device,
+    repeats: int = 7,
+) -> Iterator[dict[str, Any]]:
+    """Rows width, tile, ms, tflops of a commit's search: a chunk's tokens of all layers against another's."""
+    tokens = geometry.chunk_frames * geometry.grid[0] * geometry.grid[1]
+    problems = geometry.layers * geometry.heads
+    for width in widths:
+        queries, keys = torch.randn(2, problems, tokens, width, device=device).bfloat16()
+        offset = -0.5 * keys.float().square().sum(-1)
+        for tile in tiles:
+            seconds = timed(
+                lambda tile=tile: nearest_allowed(queries, keys, offset, None, tile),  # noqa: B023
+                device=device, repeats=repeats,
+            ).median  # fmt: skip
+            flops = 2 * problems * tokens**2 * width
+            yield {"width": width, "tile": str(tile), "ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
+
+
+def main() -> None:
+    """Budgets of 3 to 18 latent frames, with the default and the fast setting: one line of JSON each.
+
+    python -m fastar.benchmark.commit
+    """
+    device, geometry = torch.device("cuda"), CommitGeometry()
+    settings: dict[str, dict[str, Any]] = {"default": {}, "fast": dict(FAST)}
+    for name, options in settings.items():
+        for row in commit_rows([3, 6, 12, 18], options, geometry, device=device, repeats=5):
+            peak = torch.cuda.max_memory_allocated(device) / 2**30
+            print(json.dumps({"setting": name, **row, "peak_gib": peak}), flush=True)  # noqa: T201
+    tiles = [
+        Tile(queries, keys, 256, warps, 3) for queries, keys, warps in
+        ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 128, 8))
+    ]  # fmt: skip
+    for row in tile_rows([64, 128, 256], tiles, geometry, device=device, repeats=5):
+        print(json.dumps(row), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastar import engines
 from fastar.attention.context import Stream
-from fastar.attention.place import place
+from fastar.attention.place import Placement
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.backbones import Backbone
 from fastar.backbones.wan.transformer import ProjectedTokens
@@ -76,7 +76,8 @@ class SharedCache:
                 held_k, held_v = k.new_empty(k.shape), v.new_empty(v.shape)
             else:
                 held_k, held_v = self._buffer
-            place(q, k, v, self._turns, turned, held_k[:, :, -tokens:], held_v[:, :, -tokens:])
+            current_k, current_v = held_k[:, :, -tokens:], held_v[:, :, -tokens:]
+            Placement(q, k, v, self._turns, turned, current_k, current_v).run()
             if self._keep:
                 self._k.append(held_k)
                 self._v.append(held_v)

@@ -206,9 +206,10 @@ def _attend(event: AttendEvent, engine: str) -> Callable[[], object]:
     """The call of an event as rollouts make it, whose keys carry their log-counts."""
     q, k, log_count, head_dim = event.q, event.k, event.log_count, event.q.shape[-1]
     if event.stream == "self" and log_count is not None:
-        width = engines.key_width(engine, head_dim)
-        q, k = augment_queries(q, width), augment_keys(k, log_count, width)
-        log_count = None
+        width = engines.key_width(engine, head_dim, q.device)
+        if width > head_dim:
+            q, k = augment_queries(q, width), augment_keys(k, log_count, width)
+            log_count = None
     options: dict[str, Any] = {"log_count": log_count, "plan": event.plan, "engine": engine}
     if q.shape[-1] > head_dim:
         options["head_dim"] = head_dim

@@ -155,7 +155,8 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
             f"the backbone '{session.backbone.config.name}' is not measured here: its latents must have "
             f"{len(COEFFICIENTS)} channels, and it must need neither images nor mouse and keyboard"
         )
-    execution = _execution(config.execution, session)
+    execution = execution_of(config.execution, page.device)
+    execution.apply(session.backbone.transformer)
     motion = load_motion(config.motion.folder, tuple(config.backbone.frame_size), page.device, latent_frames)
     if latent_frames is not None:
         motion.chunk(0, latent_frames, torch.device("cpu"))  # a recording that is too short says so now
@@ -170,6 +171,12 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
         random_weights=config.checkpoint == RANDOM,
         stride=config.video_stride,
     )
+
+
+def execution_of(config: DictConfig, device: torch.device) -> Execution:
+    """How passes are run; fused null: where there is a GPU."""
+    fused = device.type == "cuda" if config.fused is None else config.fused
+    return Execution(fused=fused, linears=config.linears)
 
 
 def variants_of(config: DictConfig) -> list[Variant]:
@@ -218,13 +225,3 @@ def _capture(asked: bool | None, device: torch.device) -> bool:
     if asked and device.type != "cuda":
         raise ValueError("passes can be captured on CUDA alone: leave capture=true out")
     return device.type == "cuda" if asked is None else asked
-
-
-def _execution(asked: DictConfig, session: Session) -> Execution:
-    """Have the session's passes run as `asked`, fused if that is None and it can be done."""
-    sizes = session.backbone.config.transformer
-    able = session.device.type == "cuda" and sizes.action_motions is None
-    fused = able if asked.fused is None else asked.fused
-    execution = Execution(fused=fused, linears=asked.linears)
-    execution.apply(session.backbone.transformer)
-    return execution

@@ -26,12 +26,20 @@ from fastar.cache.merge import (
 
 @dataclass
 class Candidates:
-    """Slots that may merge: features z [N, M, F], of which the first `key_width` speak of keys; counts and partners."""
+    """Slots that may merge: features z [N, M, F], of which the first `key_width` speak of keys; counts and partners.
+
+    A search compares z, or z `projection` [F, W].
+    """
 
     features: Tensor
     count: Tensor  # float [N, M]
     partner: Tensor
     key_width: int
+    projection: Tensor | None = None
+
+    def searched(self, features: Tensor) -> Tensor:
+        """What a search compares of `features` [N, R, F]."""
+        return features if self.projection is None else features @ self.projection
 
 
 def match(
@@ -42,13 +50,14 @@ def match(
     Slots entered in frames of `frame` tokens; a slot is matched to later frames only, never within its own.
     """
     features, count, size = slots.features, slots.count, slots.features.shape[1]
+    searched = slots.searched(features)
     partner = torch.where(slots.partner < known, slots.partner, -1)  # others pointed at frames dropped since
     cost = merge_cost(features, count, partner, weighting)
     # older slots against all that entered, then what entered against its later frames
     blocks = [(0, known, known, size)] if known else []
     blocks += [(known, low, low, low + frame) for low in range(known + frame, size, frame)]
     for first, last, low, high in blocks:
-        found, _ = matcher.nearest(features[:, first:last], features[:, low:high], metric="euclidean")
+        found, _ = matcher.nearest(searched[:, first:last], searched[:, low:high], metric="euclidean")
         found = torch.where(found < 0, -1, found + low)
         found_cost = merge_cost(features, count, found, weighting, first)
         better = found_cost < cost[:, first:last]
@@ -118,6 +127,7 @@ def renew(
     rows = worse.argsort(dim=1, descending=True, stable=True)[:, :number]
     not_newer = (torch.zeros_like(rows), rows + 1)
     search = ExactMatcher() if matcher is None else matcher
-    index, _ = search.nearest(rows_of(features, rows), features, excluded=not_newer, metric="euclidean")
+    searched = slots.searched(features)
+    index, _ = search.nearest(rows_of(searched, rows), searched, excluded=not_newer, metric="euclidean")
     better = merge_cost(features, count, index, weighting, rows=rows) < cost.gather(1, rows)
     return partner.scatter(1, rows, torch.where(better, index, partner.gather(1, rows)))

@@ -35,7 +35,9 @@ class SlotBuffers:
     ) -> None:
         self._template, self._key_width, self._together = template, key_width, together
         self.generation = 0
-        self._blocks = [self._allocate(size, layers)] if together else []  # slots, and keys as wide as they lie
+        self._blocks = (
+            [self._allocate(size, layers)] if together else []
+        )  # slots, and keys as wide as they lie
         self._layers: list[tuple[Slots, Tensor]] = []
         if together:
             self._cut(layers)

@@ -1,8 +1,8 @@
 """The plan of a TempCache commit for all layers at once, by the kernels of `fastar.cache.kernels`.
 
-The same steps as `fastar.cache.allocation` and `fastar.cache.middle`, which define them. What differs is how numbers are
-held: features about their mean, in the dtype of the slots (bfloat16), made by one pass over these; distances are those of
-such features. Legend as there; N problems are layers x batch x heads, indices int32.
+The same steps as `fastar.cache.allocation` and `fastar.cache.middle`, which define them. What differs is how numbers
+are held: features about their mean, in the dtype of the slots (bfloat16), made by one pass over these; distances are
+those of such features. Legend as there; N problems are layers x batch x heads, indices int32.
 
 The floor, for a layer of Wan2.1-1.3B on an H100 (12 heads of 128, 9,360 slots of which 4,680 entered; 3 TB/s):
 features 58 MB in, 58 MB out, 40 us; partners 175 GFLOP of 256 features, 0.35 ms at 500 TFLOP/s, a quarter with 64
@@ -13,18 +13,17 @@ numbers (`match_width`); costs three rows a slot, 140 MB from L2 or 50 us from m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastar.ann.base import seeded_normal
-from fastar.ann.launch import check_device, interpreted, nearest_allowed
+from fastar.ann.launch import interpreted, nearest_allowed
 from fastar.cache.merge import Weighting, rows_of
 
 _SPAN = 2048  # slots that one program sums
+_BLOCK = 4096  # slots that one program looks at at a time
 
 
 @dataclass
@@ -53,11 +52,10 @@ class FusedSlots:
         value_weight: float,
         projection: Tensor | None,
     ) -> FusedSlots:
-        """Of slots [B, H, M, D], heads as far apart as batch / heads says, and a factor [N, D, D] of the queries' moment.
+        """Of slots [B, H, M, D], batches H heads apart, and a factor [N, D, D] of the queries' moment.
 
         projection: [2 D, W], or None to search by the features themselves.
         """
-        check_device(key.device)
         batch, heads, size, width = key.shape
         key_mean, second = (x / size for x in moments(key))
         value_mean, squares = (x / size for x in moments(value, full=False))
@@ -77,21 +75,9 @@ class FusedSlots:
             key, value, key_mean, value_mean, factor, scale, searched if projection is None else projection,
             features, searched, offset, size, key.stride(1), key.stride(2), value.stride(1), value.stride(2),
             D=width, WIDTH=_padded(width), W=searched.shape[2] if projection is not None else 16, BLOCK=block,
-            PROJECT=projection is not None, UPCAST=interpreted(), num_warps=8,
+            PROJECT=projection is not None, UPCAST=interpreted(), PRECISION=_precision(key), num_warps=8,
         )  # fmt: skip
         return cls(features, searched, offset, count)
-
-
-def projection_of(seed: int, width: int, to: int, device: torch.device) -> Tensor:
-    """`to` random orthonormal directions of `width`, float32 [width, to]; the last few are kept."""
-    return _projection(seed, width, to, device)
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # for callers of either mode
-def _projection(seed: int, width: int, to: int, device: torch.device) -> Tensor:
-    plane = seeded_normal(seed, width, to, like=torch.empty(0, dtype=torch.float64))
-    return torch.linalg.qr(plane).Q.float().to(device)
 
 
 def moments(
@@ -111,7 +97,7 @@ def moments(
     kernels().moments[(parts, batch * heads)](
         x, cosine, sine, sums, squares, size, span, heads, *x.stride()[:3],
         D=width, WIDTH=_padded(width), BLOCK=64,
-        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), num_warps=8,
+        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8,
     )  # fmt: skip
     return sums.sum(1), squares.sum(1)
 
@@ -131,19 +117,19 @@ def moment_factors(moment: Tensor) -> Tensor:
 def match(
     slots: FusedSlots, partner: Tensor, known: int, frame: int, weighting: Weighting
 ) -> tuple[Tensor, Tensor]:
-    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in one search over all that entered."""
+    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in two searches, of old slots and of new ones."""
     size, entered = partner.shape[1], partner.shape[1] - known
     partner = torch.where(partner < known, partner, -1)
-    asking = size - frame  # the newest frame has nothing newer
     found = torch.full_like(partner, -1)
-    if asking > 0:
-        late = torch.arange(asking, device=partner.device, dtype=torch.int32) - known
-        high = torch.where(late < 0, 0, (late // frame + 1) * frame)[None]
-        index = nearest_allowed(
-            slots.searched[:, :asking], slots.searched[:, known:], slots.offset[:, known:], _upto(high)
-        )
-        found[:, :asking] = torch.where(index < 0, -1, index + known)
-    assert entered >= frame
+    keys, offset = slots.searched[:, known:], slots.offset[:, known:]
+    if known:
+        index = nearest_allowed(slots.searched[:, :known], keys, offset, None)
+        found[:, :known] = torch.where(index < 0, -1, index + known)
+    if entered > frame:  # the newest frame has nothing newer
+        late = torch.arange(entered - frame, device=partner.device, dtype=torch.int32)
+        own = _upto((late // frame + 1) * frame)
+        index = nearest_allowed(slots.searched[:, known : size - frame], keys, offset, own)
+        found[:, known : size - frame] = torch.where(index < 0, -1, index + known)
     return cheaper_partner(slots, partner, found, weighting)
 
 
@@ -180,7 +166,7 @@ def choose(
             _, cost = cheaper_partner(slots, partner, None, weighting)
     assert root is not None
     if rounds > 1:
-        runs = Runs.of(lowest((gone == 0).float(), surplus)[1], root)
+        runs = Runs.of(places(gone, surplus, wanted=True), root)
     return root, gone, partner, runs
 
 
@@ -242,9 +228,19 @@ def lowest(cost: Tensor, number: int, gone: Tensor | None = None) -> tuple[Tenso
     rows = torch.empty(problems, number, dtype=torch.int32, device=cost.device)
     kernels().lowest[(problems,)](
         cost.contiguous(), _or(gone, chosen), chosen, rows, size, number,
-        BLOCK=min(8192, _padded(size)), GONE=gone is not None, num_warps=16,
+        BLOCK=min(_BLOCK, _padded(size)), GONE=gone is not None, num_warps=16,
     )  # fmt: skip
     return chosen, rows
+
+
+def places(flags: Tensor, number: int, *, wanted: bool) -> Tensor:
+    """Where flags uint8 [N, M] are 1 (0, if not `wanted`), `number` in each row: int32 [N, number], ascending."""
+    problems, size = flags.shape
+    rows = torch.empty(problems, number, dtype=torch.int32, device=flags.device)
+    kernels().places[(problems,)](
+        flags, rows, size, number, BLOCK=min(_BLOCK, _padded(size)), WANTED=int(wanted), num_warps=16
+    )
+    return rows
 
 
 def find_roots(chosen: Tensor, partner: Tensor) -> Tensor:
@@ -284,13 +280,19 @@ class Runs:
 
 
 def _upto(high: Tensor) -> Tensor:
-    """Keys before `high` int32 [N or 1, n] are excluded."""
+    """Keys before `high` int32 [N, n] or [n] are excluded."""
+    high = high if high.dim() == 2 else high[None]
     return torch.stack([torch.zeros_like(high), high])
 
 
 def _or(given: Tensor | None, unused: Tensor) -> Tensor:
     """A kernel's argument that it does not read must still be a tensor."""
     return unused if given is None else given.contiguous()
+
+
+def _precision(slots: Tensor) -> str:
+    """Of products with slots: float32 ones are for tests of exactness."""
+    return "ieee" if slots.dtype == torch.float32 else "tf32"
 
 
 def _blocks(count: int, size: int) -> int:

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastar.ann.launch import interpreted
+from fastar.ann.similarity import random_directions
 from fastar.cache.base import Staged
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.fused import (
     FusedSlots,
     Runs,
     choose,
-    lowest,
     match,
     moment_factors,
     moments,
-    projection_of,
+    places,
     renew,
 )
 from fastar.cache.moments import expand_moment, pack_moment
@@ -93,12 +94,21 @@ def plan(
 
     Returns:
         the edit of `buffer`, and new extras. Of `buffer`, only slots that are not in use may be written.
+
+    Raises:
+        ValueError: not on a GPU.
     """
+    if buffer["key"].device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"commit_by=fused runs on a GPU, not on {policy.spec.device.type}: set commit_by=plain"
+        )
     spec, filled, arrived = policy.spec, policy.filled, staged[0].k.shape[2]
     frame, total = spec.tokens_per_frame, filled + arrived
     extras = observed(policy, staged, extras)
     arrivals = [policy.encode(each) for each in staged]
-    if filled < policy.capacity_slots() < total:  # the one commit in which they may lie where they are to be moved
+    if (
+        filled < policy.capacity_slots() < total
+    ):  # the one commit in which they may lie where they are to be moved
         arrivals = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in arrivals]
     start = min(policy.sink_frames * frame, total)
     stop = max(start, total - policy.verbatim_slots())
@@ -148,7 +158,7 @@ def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
     width, device = policy.spec.head_dim, moment.device
     projection = None
     if policy.match_width is not None:
-        projection = projection_of(0, 2 * width, policy.match_width, device)
+        projection = random_directions(0, 2 * width, policy.match_width, device)
     factor = moment_factors(expand_moment(moment, "full", width).flatten(0, 1))
     count = inside["count"].float().flatten(0, 1)
     return FusedSlots.of(inside["key"], inside["value"], count, factor, policy.value_weight, projection)
@@ -165,7 +175,7 @@ def kept(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The slots that stay, int32 [N, K] ascending, and their counts and partners, these by the new numbers."""
     size = gone.shape[1]
-    keep = lowest(gone.float(), size - surplus)[1]
+    keep = places(gone, size - surplus, wanted=False)
     wide = keep.long()
     partner = partner.gather(1, wide)
     renewed = min(int(policy.refresh * arrived), size - surplus)

@@ -1,9 +1,9 @@
 """Triton kernels of a TempCache commit: all layers at once, nothing written twice, no atomics.
 
-Legend: N problems (layers x batch x heads), M slots of each that may merge, R of them rows, D numbers of a key or value,
-F of a feature vector, W of what the search compares. Slots and features lie `..._stride` numbers apart from problem to
-problem, and `..._row` from row to row. Which program adds what, and in which order, follows from the indices alone, so that
-the same input gives the same bits.
+Legend: N problems (layers x batch x heads), M slots of each that may merge, R of them rows, D numbers of a key or
+value, F of a feature vector, W of what the search compares. Slots and features lie `..._stride` numbers apart from
+problem to problem, and `..._row` from row to row. Which program adds what, and in which order, follows from the indices
+alone, so that the same input gives the same bits.
 """
 
 # Triton gives annotations a meaning of its own:
@@ -14,20 +14,22 @@ import triton.language as tl
 
 
 @triton.jit
-def product(a, b, UPCAST: tl.constexpr):
+def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """a @ b with float32 sums; UPCAST: multiply in float32, as the interpreter cannot multiply bfloat16."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="tf32")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "span", "heads"])
 def moments(
     x, cosine, sine, sums, squares, rows, span, heads, batch_stride, head_stride, row_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr, ROTATE: tl.constexpr, UPCAST: tl.constexpr,
+    FULL: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads: sums [N, P, D], squares [N, P, D, D] or, if not FULL, [N, P, D].
+    """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads.
+
+    sums [N, P, D]; squares [N, P, D, D] or, if not FULL, [N, P, D].
 
     ROTATE: rows are turned first, adjacent pairs by the angles whose cosine and sine are [rows, D / 2], and rounded to
     the dtype of x.
@@ -56,7 +58,7 @@ def moments(
         wide = tile.to(tl.float32)
         total += tl.sum(wide, 0)
         if FULL:
-            second += product(tl.trans(tile), tile, UPCAST)
+            second += product(tl.trans(tile), tile, PRECISION, UPCAST)
         else:
             second += tl.sum(wide * wide, 0)
     out = problem * tl.num_programs(0) + part
@@ -99,7 +101,7 @@ def features(
     key, value, key_mean, value_mean, factor, value_scale, projection, out, searched, offset, size,
     key_stride, key_row, value_stride, value_row,
     D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    PROJECT: tl.constexpr, UPCAST: tl.constexpr,
+    PROJECT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [N, M, 2 D] = [(key - mean) factor; (value - mean) value_scale] of slots key, value [N, M, D].
 
@@ -116,7 +118,7 @@ def features(
     mean = tl.load(key_mean + problem * D + column, mask=used, other=0)
     at = problem * key_stride + row[:, None] * key_row + column[None, :]
     keys = tl.load(key + at, mask=mask, other=0).to(tl.float32) - mean[None, :]
-    keys = product(tl.where(mask, keys, 0), root, UPCAST).to(out.dtype.element_ty)
+    keys = product(tl.where(mask, keys, 0), root, PRECISION, UPCAST).to(out.dtype.element_ty)
     mean = tl.load(value_mean + problem * D + column, mask=used, other=0)
     at = problem * value_stride + row[:, None] * value_row + column[None, :]
     values = (tl.load(value + at, mask=mask, other=0).to(tl.float32) - mean[None, :]) * tl.load(
@@ -131,7 +133,7 @@ def features(
         at = column[:, None] * W + few[None, :]
         upper = tl.load(projection + at, mask=used[:, None], other=0)
         lower = tl.load(projection + D * W + at, mask=used[:, None], other=0)
-        seen = product(keys, upper, UPCAST) + product(values, lower, UPCAST)
+        seen = product(keys, upper, PRECISION, UPCAST) + product(values, lower, PRECISION, UPCAST)
         seen = seen.to(searched.dtype.element_ty)
         to = problem * size * W + row[:, None] * W + few[None, :]
         tl.store(searched + to, seen, mask=(row < size)[:, None])
@@ -252,6 +254,21 @@ def lowest(cost, gone, chosen, rows, size, number, BLOCK: tl.constexpr, GONE: tl
         equals += tl.sum(equal, 0)
 
 
+@triton.jit(do_not_specialize=["size", "number"])
+def places(flags, rows, size, number, BLOCK: tl.constexpr, WANTED: tl.constexpr):
+    """rows int32 [N, R], ascending: where `flags` uint8 [N, M] are 1 if WANTED, else 0; there are `number` of them."""
+    problem = tl.program_id(0).to(tl.int64)
+    flags += problem * size
+    rows += problem * number
+    before = tl.zeros([1], tl.int32)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        take = (tl.load(flags + at, mask=at < size, other=1 - WANTED) != 0).to(tl.int32) == WANTED
+        place = tl.cumsum(take.to(tl.int32), 0) + before - 1
+        tl.store(rows + place, at, mask=take & (at < size))
+        before += tl.sum(take.to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["size"])
 def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
     """root int32 [N, M]: where the chain of merges that starts at each slot ends.
@@ -315,7 +332,9 @@ def fold(
         slot = tl.load(order + spot, mask=member, other=0).to(tl.int64)
         few = tl.load(count + slot, mask=member, other=0)
         reads = member[:, :, None] & used[None, None, :]
-        rows = tl.load(x + slot[:, :, None] * x_row + column[None, None, :], mask=reads, other=0).to(tl.float32)
+        rows = tl.load(x + slot[:, :, None] * x_row + column[None, None, :], mask=reads, other=0).to(
+            tl.float32
+        )
         sums += tl.sum(rows * few[:, :, None], 1)
         weight += tl.sum(few, 1)
         walking = tl.min(member.to(tl.int32), 1) != 0  # all of them were of the run: there may be more

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastar.ann.similarity import Similarity, key_features
+from fastar.ann.similarity import Similarity, key_features, random_directions
 from fastar.cache.allocation import Candidates
 from fastar.cache.base import CacheSpec
 from fastar.cache.merge import Joins, Representative, group_medoid, rows_of
@@ -35,6 +35,7 @@ class MergeRules:
     value_weight: float
     per_head: bool
     moment: Moment
+    match_width: int | None = None
 
     @property
     def lead(self) -> tuple[int, int]:
@@ -95,7 +96,10 @@ class Middle:
         features[..., :width] = key
         torch.mul(value, self.value_scale, out=features[..., width:])
         count, partner = slots["count"].float().flatten(0, 1), slots["partner"].long().flatten(0, 1)
-        self.candidates = Candidates(features, count, partner, width)
+        projection = None
+        if rules.match_width is not None:
+            projection = random_directions(0, features.shape[2], rules.match_width, features.device)
+        self.candidates = Candidates(features, count, partner, width, projection)
 
     def merged(self, root: Tensor, joins: Joins) -> tuple[dict[str, Tensor], Tensor]:
         """Fields [.., R, ...] and features [N, R, F] of the slots at `joins.place`: merged, if that is their root.

@@ -34,16 +34,17 @@ class SlotOptions(TypedDict, total=False):
 
 
 Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
-"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place, and
-extras after a commit that has not happened yet, those of several layers one after the other."""
+"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place,
+and extras after a commit that has not happened yet, those of several layers one after the other."""
 
 
 class SlotPolicy(CachePolicy):
     """A policy is what `absorb` does with one layer's old slots and the tokens that arrive.
 
-    A layer's slots live in one buffer, at one address. A commit first works out what is to be done to all layers
-    (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which allocates nothing). Where
-    the slots are as attention wants them, it reads them there, with the current chunk behind them (`room`).
+    A layer's slots live in one buffer, at one address, next to those of the other layers. A commit first works out what
+    is to be done to all layers (`prepare`, which may fail and changes nothing), then does it in place (`finish`, which
+    allocates nothing). Where the slots are as attention wants them, it reads them there, with the current chunk behind
+    them (`room`).
 
     Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
 
@@ -393,7 +394,6 @@ class SlotPolicy(CachePolicy):
     def _reserve(self, size: int, keep: int) -> None:
         """Have room for `size` slots in all layers; a growing buffer takes its first `keep` slots along."""
         self._buffers.reserve(size, keep, double=self.capacity_slots() is None)
-
 
     def _log_count(self, slots: Slots) -> Tensor | None:
         return None

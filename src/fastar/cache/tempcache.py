@@ -67,8 +67,8 @@ class TempCache(BudgetedPolicy):
             many layers at once by Triton kernels (`fastar.cache.fused`), with features in the dtype of the slots and
             an exact search of their own; for the default similarity, slots of 16 bits and groups that each head makes
             for itself. Commits of several chunks (a prefill) are plain.
-        match_width: with `fused`, numbers that the search compares: a power of two, at least 16, of random directions
-            of the 2 D features. Costs are of all features whatever it is. None: all.
+        match_width: numbers that a search for partners compares, a power of two, at least 16: the features along so
+            many random directions. Costs are of all features whatever it is. None: all.
         layers_at_once: with `fused`, most layers whose plans are made together; more need more memory for the moment,
             4 D bytes a slot and head each.
         budget: see `BudgetedPolicy`.
@@ -123,9 +123,12 @@ class TempCache(BudgetedPolicy):
 
     def _check_commit_by(self) -> None:
         check_choice("commit_by", self.commit_by, ("plain", "fused"))
+        width = self.match_width
+        if width is not None and (width < 16 or width & (width - 1)):
+            raise ValueError(f"match_width must be a power of two and at least 16, got {width}")
+        if self.layers_at_once < 1:
+            raise ValueError(f"layers_at_once must be at least 1, got {self.layers_at_once}")
         if self.commit_by == "plain":
-            if self.match_width is not None:
-                raise ValueError("match_width is for commit_by=fused: leave it null, or choose that")
             return
         check_triton()
         wanted = {
@@ -139,11 +142,6 @@ class TempCache(BudgetedPolicy):
             raise ValueError(
                 f"commit_by=fused needs key=mean or last and slot_bits=16, got {self.key} and {self._format.bits}"
             )
-        width = self.match_width
-        if width is not None and (width < 16 or width & (width - 1)):
-            raise ValueError(f"match_width must be a power of two and at least 16, got {width}")
-        if self.layers_at_once < 1:
-            raise ValueError(f"layers_at_once must be at least 1, got {self.layers_at_once}")
 
     # -- what a slot and a layer keep ----------------------------------------------------------------------------
 
@@ -263,6 +261,7 @@ class TempCache(BudgetedPolicy):
             value_weight=self.value_weight,
             per_head=self.per_head,
             moment=self.moment,
+            match_width=self.match_width,
         )
 
     def _shrink(
@@ -290,7 +289,13 @@ class TempCache(BudgetedPolicy):
         if renewed:
             index = flat_index(joins.place, root.shape[1])
             candidates.features.flatten(0, 1).index_copy_(0, index, features.flatten(0, 1))
-            left = Candidates(rows_of(candidates.features, keep), count, partner, candidates.key_width)
+            left = Candidates(
+                rows_of(candidates.features, keep),
+                count,
+                partner,
+                candidates.key_width,
+                candidates.projection,
+            )
             frame, search = self.spec.tokens_per_frame, self.matcher.exact()
             partner = renew(left, cost.gather(1, keep), renewed, frame, self.weighting, search)
         change.whole["count"] = self._as_metadata("count", count.clamp_max(_MAX_COUNT))

@@ -128,6 +128,7 @@ FA4 = Engine(
     lse_devices=frozenset({"cuda"}),
     takes_lengths=True,
     key_multiple=_KEY_MULTIPLE,
+    counts_in_keys=frozenset({"cuda"}),
     missing=_missing,
     limits=_limits,
 )
