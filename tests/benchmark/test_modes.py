@@ -79,6 +79,9 @@ def test_a_wait_shows_in_a_profile_on_a_gpu() -> None:
         ("void cub::DeviceRadixSortOnesweepKernel", "sort"),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("triton_poi_fused_add_mul_0", "elementwise"),
+        ("nearest_in_buckets", "match and merge"),
+        ("residual_norm", "elementwise"),
+        ("attend_packed", "attention"),
         ("something", "other"),
     ],
 )

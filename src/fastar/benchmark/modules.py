@@ -106,7 +106,7 @@ def _measured(
     ]
     gaps = trace.gap_us / 1000
     kinds.append({"part": "gaps", "ms": gaps, "calls": None, "share": gaps / span, "how": "profile"})
-    waits = sum(trace.waits.values()) + trace.to_host
+    waits = sum(trace.waits.values())
     kinds.append({"part": "waits", "ms": None, "calls": waits, "share": None, "how": "profile"})
     kinds[-1] |= {"waits": dict(trace.waits), "to_host": trace.to_host, "to_device": trace.to_device}
     course.close()
@@ -266,9 +266,12 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
     }
     if "reason" in row:
         return named | {"how": row["reason"]}
+    how = row["how"]
+    if row["part"] == "waits":
+        how += f"; copies to the host {row['to_host']}, to the device {row['to_device']}"
     return named | {
         "ms": "–" if row["ms"] is None else f"{row['ms']:.4g}",
         "calls": "–" if row["calls"] is None else str(row["calls"]),
         "share": "–" if row["share"] is None else f"{row['share']:.1%}",
-        "how": row["how"],
+        "how": how,
     }
