@@ -74,6 +74,8 @@ def test_what_is_missing_is_told_before_anything_is_measured(benchmark_config: C
         run(benchmark_config("mode=rollout", "method=[window]"))
     with pytest.raises(ValueError, match="ends after 62 latent frames and 72 are needed"):
         run(benchmark_config("mode=rollout", "method=[stock,window]", "steady.chunks=4"))
+    with pytest.raises(ValueError, match="several chunks in flight are not measured"):
+        run(benchmark_config("mode=rollout", "rollout=rolling_forcing"))
     with pytest.raises(ValueError, match="unknown mode 'fast': choose one of engines"):
         run(benchmark_config("mode=fast"))
     with pytest.raises(ValueError, match="captured on CUDA alone"):

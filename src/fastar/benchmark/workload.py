@@ -155,6 +155,10 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
             f"the backbone '{session.backbone.config.name}' is not measured here: its latents must have "
             f"{len(COEFFICIENTS)} channels, and it must need neither images nor mouse and keyboard"
         )
+    if session.loop.most_in_flight > 1:
+        raise ValueError(
+            "loops with several chunks in flight are not measured here: choose rollout=self_forcing"
+        )
     execution = execution_of(config.execution, page.device)
     execution.apply(session.backbone.transformer)
     motion = load_motion(config.motion.folder, tuple(config.backbone.frame_size), page.device, latent_frames)
