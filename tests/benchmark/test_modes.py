@@ -79,6 +79,9 @@ def test_a_wait_shows_in_a_profile_on_a_gpu() -> None:
         ("void cub::DeviceRadixSortOnesweepKernel", "sort"),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("triton_poi_fused_add_mul_0", "elementwise"),
+        ("nearest_in_buckets", "match and merge"),
+        ("residual_norm", "elementwise"),
+        ("attend_packed", "attention"),
         ("something", "other"),
     ],
 )
@@ -101,7 +104,8 @@ def test_parts_of_a_chunk(benchmark_config: Configs) -> None:
     assert calls.loc["attend self sparse biased", "fast_ar"] == 4
     assert calls.loc["plan", "fast_ar"] == 2 and np.isnan(calls.loc["plan", "stock"])
     times = rows[rows["method"] == "stock"].set_index("part")["ms"]
-    assert times["match, merge, plan"] == pytest.approx(times["commit pass"] - times["pass 1 of 4"])
+    fastest = min(times[f"pass {number} of 4"] for number in range(1, 5))
+    assert times["match, merge, plan"] == pytest.approx(times["commit pass"] - fastest)
     shares = rows[(rows["how"] == "profile") & (rows["part"] != "waits")].groupby("method")["share"].sum()
     assert shares.between(0.9, 1.01).all()
     kernels = pd.read_parquet(config.output + "/modules_kernels.parquet")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 
 from fastar.benchmark import workload
 from fastar.benchmark.command import run
+from fastar.benchmark.page import Page
 
 Configs = Callable[..., DictConfig]
 
@@ -72,6 +74,8 @@ def test_what_is_missing_is_told_before_anything_is_measured(benchmark_config: C
         run(benchmark_config("mode=rollout", "method=[window]"))
     with pytest.raises(ValueError, match="ends after 62 latent frames and 72 are needed"):
         run(benchmark_config("mode=rollout", "method=[stock,window]", "steady.chunks=4"))
+    with pytest.raises(ValueError, match="several chunks in flight are not measured"):
+        run(benchmark_config("mode=rollout", "rollout=rolling_forcing"))
     with pytest.raises(ValueError, match="unknown mode 'fast': choose one of engines"):
         run(benchmark_config("mode=fast"))
     with pytest.raises(ValueError, match="captured on CUDA alone"):
@@ -90,12 +94,27 @@ def test_memory_on_a_gpu_is_each_methods_own(benchmark_config: Configs) -> None:
     assert window.tail(2).nunique() == 1
 
 
-def test_capture_is_asked_for_where_it_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(*, capture: bool = False) -> None: ...
-
+def test_capture_is_asked_for_where_it_can_be_done() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(workload, "start_rollout", start)
     assert workload._capture(None, cuda) and workload._capture(True, cuda)
     assert not workload._capture(False, cuda) and not workload._capture(None, cpu)
-    monkeypatch.setattr(workload, "start_rollout", lambda: None)
-    assert not workload._capture(None, cuda)
+
+
+@pytest.mark.parametrize("must", [False, True])
+def test_a_method_that_cannot_be_captured(
+    must: bool, benchmark_config: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*args: object, capture: bool = False, **options: object) -> str:
+        if capture:
+            raise ValueError("passes cannot be captured with a PaperCache: set capture to false")
+        return "rollout"
+
+    config = benchmark_config("mode=rollout")
+    opened = workload.open_workload(config, Page(config), latent_frames=3)
+    opened = replace(opened, must_capture=must)
+    monkeypatch.setattr(workload, "start_rollout", start)
+    if must:
+        with pytest.raises(ValueError, match="cannot be captured with a PaperCache"):
+            opened.start(opened.variants[0], capture=True)
+    else:
+        assert opened.start(opened.variants[0], capture=True) == ("rollout", False)

@@ -14,6 +14,7 @@ from fastar import engines
 from fastar.benchmark.page import Page
 from fastar.benchmark.timing import matmul_flops, timed
 from fastar.benchmark.workload import Workload, redundancy_of
+from fastar.engines.auto import example_call
 from fastar.rollout.rollout import Rollout
 
 COPIED = 2**30  # bytes of the copy that is timed on a GPU; a CPU's takes a 64th of it
@@ -76,7 +77,8 @@ def measure_ceiling(workload: Workload, config: DictConfig, page: Page) -> Ceili
     )
     flops = sum(2 * tokens * w.numel() for w in weights)
 
-    engine = engines.resolve(config.engine.name, device)
+    call = example_call(dtype=dtype, head_dim=sizes.head_dim, device=device)
+    engine = engines.resolve(config.engine.name, device, call)
     window = int(config.rollout.window.attended_frames) * workload.session.backbone.config.tokens_per_frame
     shape = (1, sizes.num_heads, window, sizes.head_dim)
     k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
@@ -103,6 +105,7 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
         "layers": workload.layers,
         "weights": workload.weights,
         "captured": workload.capture,
+        "execution": str(workload.execution),
         "chunk_tokens": workload.chunk_tokens,
         "motion": {"latent_frames": len(workload.motion.latents), "sha256": workload.motion.sha256} | motion,
     }
@@ -110,9 +113,10 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
     page.card(
         stated,
         f"{backbone.name} of {workload.layers} layers, {stated['weights']} weights, chunks of {backbone.chunk_frames} "
-        f"latent frames = {workload.chunk_tokens} tokens, passes {'' if workload.capture else 'not '}captured. Alone: "
-        f"products of {config.matmul_size} x {config.matmul_size} matrices {c.matmul_tflops:.3g} TFLOP/s, linears of a "
-        f"pass {c.linears_ms:.3g} ms ({c.linears_tflops:.3g} TFLOP/s), attention by {c.engine} on "
+        f"latent frames = {workload.chunk_tokens} tokens, passes {workload.execution}, "
+        f"{'' if workload.capture else 'not '}captured. "
+        f"Alone: products of {config.matmul_size} x {config.matmul_size} matrices {c.matmul_tflops:.3g} TFLOP/s, "
+        f"linears of a pass {c.linears_ms:.3g} ms ({c.linears_tflops:.3g} TFLOP/s), attention by {c.engine} on "
         f"{c.attention_keys:,} keys {c.attention_tflops:.3g} TFLOP/s, copies {c.copy_tb_s:.3g} TB/s. Contents: "
         f"{len(shown):,} latent frames of recorded walks; {motion['distinct_frames']:.1%} of their video frames are "
         f"distinct, {motion['near_earlier']:.0%} of the tokens nearly equal one of the six latent frames before "

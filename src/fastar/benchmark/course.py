@@ -20,16 +20,20 @@ class Course:
     Args:
         workload: see there.
         variant: the method.
-        options: further arguments of `Workload.start`.
+        capture: whether its passes shall be captured; None: as the workload says.
+        options: further arguments of `start_rollout`.
 
     Attributes:
         rollout: what runs.
+        captured: whether its passes are.
         watched: whether peaks of memory are this course's; to be unset while another's memory comes and goes.
         chunks: times of all chunks so far.
         curve: a row for each of them.
     """
 
-    def __init__(self, workload: Workload, variant: Variant, **options: Any) -> None:
+    def __init__(
+        self, workload: Workload, variant: Variant, *, capture: bool | None = None, **options: Any
+    ) -> None:
         self.workload, self.variant = workload, variant
         self._others = _taken(workload.device)
         self._weights = sum(
@@ -38,7 +42,8 @@ class Course:
         self.memory = PeakMemory(workload.device)
         self.memory.start()
         self.timer = PassTimer(workload.device, warmup=0)
-        self.rollout = workload.start(variant, timer=self.timer, **options)
+        wanted = workload.capture if capture is None else capture
+        self.rollout, self.captured = workload.start(variant, capture=wanted, timer=self.timer, **options)
         self.curve: list[dict[str, Any]] = []
         self.watched = True
         self._known = self.peaks()

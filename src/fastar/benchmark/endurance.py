@@ -16,6 +16,8 @@ from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.workload import Variant, Workload, open_workload
 from fastar.metrics.efficiency import rates
 
+CURVE = "endurance_chunks"
+
 
 def run_endurance(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     """The mode `endurance`: a row for every method, and a curve of all their chunks.
@@ -35,7 +37,7 @@ def run_endurance(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]
         curve += course.curve
         course.close()
     page.show([_text(row) for row in rows], "endurance: the last frames against the first after filling")
-    return rows, {"endurance_chunks": curve}
+    return rows, {CURVE: curve}
 
 
 def _endured(
@@ -55,6 +57,7 @@ def _endured(
         course.advance()
         if number % max(1, chunks // 10) == 0:
             page.say(f"{variant.label}: {number * workload.video_frames:,} video frames")
+            page.keep([], {CURVE: course.curve})
     steady = course.chunks[begun:]
     first, last = rates(steady[:compared]), rates(steady[-compared:])
     peaks = [int(row["peak_chunk"]) for row in course.curve[begun:] if "peak_chunk" in row]
@@ -79,7 +82,8 @@ def _endured(
         **filled,
         **course.peaks(),
         "engine": course.rollout.state.engine,
-        "captured": workload.capture,
+        "captured": course.captured,
+        "execution": str(workload.execution),
         "weights": workload.weights,
     }, course
 

@@ -21,6 +21,7 @@ from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.timing import timed
 from fastar.benchmark.trace import traced
 from fastar.benchmark.workload import Variant, Workload, open_workload
+from fastar.engines.augmented import augment_keys, augment_queries
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import SelectRequest
 
@@ -88,7 +89,8 @@ def _measured(
     chunk_ms = 1e3 * float(np.median([sum(times.parts.values()) for times in chunks]))
     passes_ms = [float(ms) for ms in np.median([_passes(course) for _ in range(TIMED_CHUNKS)], axis=0)]
     subject = Subject(workload, variant, ceiling, course, passes_ms, config, page)
-    rows: Rows = [{"part": "chunk", "ms": chunk_ms, "calls": 1, "how": "alone"}]
+    how = "captured" if course.captured else "not captured"
+    rows: Rows = [{"part": f"chunk, {how}", "ms": chunk_ms, "calls": 1, "how": "alone"}]
     for part in PARTS:
         rows += part(subject)
     ours = sum(row["ms"] for row in rows if row["part"] in (MERGE, PLAN))
@@ -104,7 +106,7 @@ def _measured(
     ]
     gaps = trace.gap_us / 1000
     kinds.append({"part": "gaps", "ms": gaps, "calls": None, "share": gaps / span, "how": "profile"})
-    waits = sum(trace.waits.values()) + trace.to_host
+    waits = sum(trace.waits.values())
     kinds.append({"part": "waits", "ms": None, "calls": waits, "share": None, "how": "profile"})
     kinds[-1] |= {"waits": dict(trace.waits), "to_host": trace.to_host, "to_device": trace.to_device}
     course.close()
@@ -155,25 +157,28 @@ def linear_parts(subject: Subject) -> Rows:
 
 
 def pass_parts(subject: Subject) -> Rows:
-    """Each pass of a chunk where it stands, and what the commit takes beyond the first: matching, merging, writing.
+    """Each pass of a chunk where it stands, and what the commit takes beyond a pass: matching, merging, writing.
 
-    The first denoising pass is dense under most schedules, as commits are; `how` says so where it is not.
+    That is beyond the fastest dense one, as commits are dense under most schedules; `how` says so if there is none. The
+    first pass is slower where attention reads a copy of the cache, which it makes.
     """
     *steps, commit = subject.passes_ms
     rows: Rows = [
         {"part": f"pass {number} of {len(steps)}", "ms": ms, "calls": 1, "how": "alone"}
         for number, ms in enumerate(steps, 1)
     ]
-    rollout = subject.course.rollout
-    first = next(iter(subject.workload.session.loop.denoise_passes(rollout.next_frame)))
-    dense = all(
-        rollout.state.self_selector.is_dense(layer, first) for layer in range(subject.workload.layers)
-    )
+    selector, layers = subject.course.rollout.state.self_selector, range(subject.workload.layers)
+    contexts = subject.workload.session.loop.denoise_passes(subject.course.rollout.next_frame)
+    dense = [
+        ms
+        for ms, context in zip(steps, contexts, strict=True)
+        if all(selector.is_dense(layer, context) for layer in layers)
+    ]
     how = "difference" if dense else "difference to a sparse pass"
     return [
         *rows,
         {"part": "commit pass", "ms": commit, "calls": 1, "how": "alone"},
-        {"part": MERGE, "ms": commit - steps[0], "calls": 1, "how": how},
+        {"part": MERGE, "ms": commit - min(dense or steps), "calls": 1, "how": how},
     ]
 
 
@@ -189,12 +194,7 @@ def attention_parts(subject: Subject) -> Rows:
     engine, rows = course.rollout.state.engine, []
     with torch.inference_mode():
         for kind, (event, count) in calls.kinds.items():
-            e = event
-
-            def attend(e: AttendEvent = e) -> None:
-                engines.attend(e.q, e.k, e.v, log_count=e.log_count, plan=e.plan, engine=engine)
-
-            ms = 1e3 * timed(attend, **options).median
+            ms = 1e3 * timed(_attend(event, engine), **options).median
             rows.append({"part": f"attend {kind}", "ms": ms * count, "calls": count, "how": "alone"})
         if calls.request is not None:
             request, selector = calls.request, course.rollout.state.self_selector
@@ -203,6 +203,20 @@ def attention_parts(subject: Subject) -> Rows:
             rows.append({"part": PLAN, "ms": ms * count, "calls": count, "how": "alone"})
     course.close()
     return rows
+
+
+def _attend(event: AttendEvent, engine: str) -> Callable[[], object]:
+    """The call of an event as rollouts make it, whose keys carry their log-counts."""
+    q, k, log_count, head_dim = event.q, event.k, event.log_count, event.q.shape[-1]
+    if event.stream == "self" and log_count is not None:
+        width = engines.key_width(engine, head_dim, q.device)
+        if width > head_dim:
+            q, k = augment_queries(q, width), augment_keys(k, log_count, width)
+            log_count = None
+    options: dict[str, Any] = {"log_count": log_count, "plan": event.plan, "engine": engine}
+    if q.shape[-1] > head_dim:
+        options["head_dim"] = head_dim
+    return lambda: engines.attend(q, k, event.v, **options)
 
 
 PARTS: tuple[Part, ...] = (pass_parts, linear_parts, attention_parts)
@@ -255,9 +269,12 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
     }
     if "reason" in row:
         return named | {"how": row["reason"]}
+    how = row["how"]
+    if row["part"] == "waits":
+        how += f"; copies to the host {row['to_host']}, to the device {row['to_device']}"
     return named | {
         "ms": "–" if row["ms"] is None else f"{row['ms']:.4g}",
         "calls": "–" if row["calls"] is None else str(row["calls"]),
         "share": "–" if row["share"] is None else f"{row['share']:.1%}",
-        "how": row["how"],
+        "how": how,
     }

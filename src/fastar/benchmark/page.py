@@ -67,12 +67,17 @@ class Page:
         """A table for people: one mapping a line, numbers as text; what is missing is a dash."""
         self.console.print(to_rich(pd.DataFrame(lines).fillna("–"), title=title))
 
-    def finish(self, rows: Rows, curves: Mapping[str, Rows]) -> dict[str, Any]:
-        """Write `<mode>.json` and a parquet file for each of `curves`, print the line of JSON, return all of it."""
+    def keep(self, rows: Rows, curves: Mapping[str, Rows]) -> dict[str, Any]:
+        """Write `<mode>.json` and a parquet file for each of `curves`: what there is, should the command be ended."""
         result = {"card": self._card, "environment": self.environment, "rows": rows}
         write_json(self.output / f"{self.mode}.json", result)
         for name, curve in curves.items():
             with atomic(self.output / f"{name}.parquet") as part:
                 pd.DataFrame(curve).to_parquet(part, index=False)
+        return result
+
+    def finish(self, rows: Rows, curves: Mapping[str, Rows]) -> dict[str, Any]:
+        """Keep all of it, print the line of JSON, return what is in the file."""
+        result = self.keep(rows, curves)
         self.console.print(json.dumps({"card": self._card, "rows": rows}), highlight=False, soft_wrap=True)
         return result

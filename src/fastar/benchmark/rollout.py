@@ -20,6 +20,7 @@ from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.workload import Variant, Workload, open_workload, variants_of
 from fastar.metrics.efficiency import ChunkTimes, rates
 
+CURVE = "rollout_chunks"
 FAILURES = (RuntimeError, ValueError)  # out of memory, a budget that is too small, an engine that cannot
 
 
@@ -40,6 +41,7 @@ def run_rollout(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
         if variant is not baseline:
             row = table.add(variant)
             page.say(f"{variant.label}: " + (row["reason"] or f"{row['fps_commit']:.4g} frames/s"))
+            page.keep([*table.finished(decoded, dense), *dense, *decoded], {CURVE: table.curve})
     rows = table.finished(decoded, dense)
     lines = [_text(row) for row in rows]
     base = rows[0]
@@ -52,7 +54,7 @@ def run_rollout(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
         page.show(
             [{name: _number(value) for name, value in row.items()} for row in decoded], "decoding alone"
         )
-    return [*rows, *dense, *decoded], {"rollout_chunks": table.curve}
+    return [*rows, *dense, *decoded], {CURVE: table.curve}
 
 
 def _latent_frames(config: DictConfig) -> int:
@@ -74,7 +76,12 @@ class _Table:
         self.blocks = [self._block(self.base)]  # of the baseline, in order
         self.base.watched = False
         self.rows: Rows = []
-        self.curve: Rows = []
+        self._curve: Rows = []
+
+    @property
+    def curve(self) -> Rows:
+        """Every chunk so far."""
+        return self.base.curve + self._curve
 
     def add(self, variant: Variant) -> dict[str, Any]:
         """Measure `variant`; its row, which is kept."""
@@ -91,7 +98,7 @@ class _Table:
         except FAILURES as error:
             row = empty | {"reason": str(error).split("\n")[0]}
         if course is not None:
-            self.curve += course.curve
+            self._curve += course.curve
             course.close()
         self.rows.append(row)
         return row
@@ -104,7 +111,6 @@ class _Table:
         base |= self._numbers(self.base, steady, self.base_filled)
         base |= {"ratio": 1.0, "ratio_low": min(speeds) / float(np.median(speeds))}
         base["ratio_high"] = max(speeds) / float(np.median(speeds))
-        self.curve = self.base.curve + self.curve
         rows = [base, *self.rows]
         for row in [row for row in rows if row["reason"] is None]:
             if decoded:
@@ -145,7 +151,8 @@ class _Table:
             "cache_slots": cache.slots_used(),
             "layers": workload.layers,
             "engine": course.rollout.state.engine,
-            "captured": workload.capture,
+            "captured": course.captured,
+            "execution": str(workload.execution),
             "weights": workload.weights,
         }
 

@@ -14,12 +14,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 KINDS = (
-    ("attention", r"flash|fmha|attention|attn|sdpa|flex"),
-    ("match", r"nearest|match|hamming|best_partner|lsh"),
+    ("attention", r"flash|fmha|attention|attn|attend|sdpa|flex"),
+    (
+        "match and merge",
+        r"^(nearest\w*|halved_squares|merge_partials|moments|cholesky|features|cheaper_partner|lowest|places|find_roots|fold)$",
+    ),
     ("sort", r"sort|radix|topk|scan|bitonic|searchsorted|unique|segment"),
     ("gemm", r"gemm|cutlass|nvjet|cublas|xmma|splitk|wgmma|\bmm\b|addmm|bmm|matmul|linear|conv"),
     ("copy", r"memcpy|memset|copy|catarray|\bcat\b|gather|scatter|index|fill|zero"),
-    ("elementwise", r"elementwise|triton|vectorized|reduce|norm|softmax|rope|modulat|gelu|aten::"),
+    ("elementwise", r"elementwise|triton|vectorized|reduce|norm|softmax|rope|^place$|quantise|gelu|aten::"),
 )
 """Kinds of kernels by words in their names; the first that is found counts, `other` if none is."""
 WAITS = (

@@ -7,7 +7,6 @@ noise and the *true* latents of its frames are committed: caches hold real motio
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from fastar.compare.session import RANDOM, Session, open_session
 from fastar.data.noise import NoiseClips
 from fastar.data.recorded import COEFFICIENTS, Motion, load_motion, nearest_shares
 from fastar.rollout.method import Method, start_rollout
-from fastar.rollout.rollout import PassTimer, Rollout
+from fastar.rollout.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,9 @@ class Workload:
         motion: the latents that are committed.
         prompts: random, or None for a backbone that reads none.
         variants: all methods at all budgets, those without a budget once.
-        capture: whether passes are captured in CUDA graphs.
+        capture: whether passes that can be are captured in CUDA graphs.
+        must_capture: whether a method that cannot be is an error.
+        execution: how passes are run.
         random_weights: whether the weights mean nothing.
         stride: video frames that a latent frame shows.
     """
@@ -65,6 +66,8 @@ class Workload:
     prompts: Prompts | None
     variants: tuple[Variant, ...]
     capture: bool
+    must_capture: bool
+    execution: Execution
     random_weights: bool
     stride: int
 
@@ -91,21 +94,23 @@ class Workload:
         """`random`, or the beginning of the weights' hash."""
         return "random" if self.random_weights else self.session.weights[:8]
 
-    def start(
-        self, variant: Variant, *, timer: PassTimer | None = None, capture: bool | None = None, **options: Any
-    ) -> Rollout:
-        """A rollout of one video at frame 0. `options`: further arguments of `start_rollout`."""
-        if self.capture if capture is None else capture:
-            options["capture"] = True
-        return start_rollout(
-            self.session.backbone,
-            variant.method,
-            loop=self.session.loop,
-            seeds=[0],
-            prompts=self.prompts,
-            timer=timer,
-            **options,
-        )
+    def start(self, variant: Variant, *, capture: bool, **options: Any) -> tuple[Rollout, bool]:
+        """A rollout of one video at frame 0, and whether its passes are captured.
+
+        Args:
+            variant: what attends.
+            capture: whether they shall be. A method that cannot be captured runs as it is, unless `must_capture`.
+            options: further arguments of `start_rollout`.
+        """
+        shared: dict[str, Any] = {"loop": self.session.loop, "seeds": [0], "prompts": self.prompts, **options}
+        backbone = self.session.backbone
+        if capture:
+            try:
+                return start_rollout(backbone, variant.method, **shared, capture=True), True
+            except ValueError as error:
+                if self.must_capture or "cannot be captured" not in str(error):
+                    raise
+        return start_rollout(backbone, variant.method, **shared), False
 
     def truth(self, rollout: Rollout) -> Tensor:
         """The true latents [1, n, C, h, w] of the chunk that `rollout` makes next."""
@@ -140,7 +145,6 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
         ValueError: no recording or one that is too short, an unknown method, a backbone that does not fit.
     """
     session, capture = open_session(config), _capture(config.capture, page.device)
-    execution_of(config.execution, page.device).apply(session.backbone.transformer)
     sizes = session.backbone.config.transformer
     if (
         sizes.out_channels != len(COEFFICIENTS)
@@ -151,6 +155,12 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
             f"the backbone '{session.backbone.config.name}' is not measured here: its latents must have "
             f"{len(COEFFICIENTS)} channels, and it must need neither images nor mouse and keyboard"
         )
+    if session.loop.most_in_flight > 1:
+        raise ValueError(
+            "loops with several chunks in flight are not measured here: choose rollout=self_forcing"
+        )
+    execution = execution_of(config.execution, page.device)
+    execution.apply(session.backbone.transformer)
     motion = load_motion(config.motion.folder, tuple(config.backbone.frame_size), page.device, latent_frames)
     if latent_frames is not None:
         motion.chunk(0, latent_frames, torch.device("cpu"))  # a recording that is too short says so now
@@ -160,6 +170,8 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
         prompts=_prompts(session, config.seed),
         variants=tuple(variants_of(config)),
         capture=capture,
+        must_capture=config.capture is True,
+        execution=execution,
         random_weights=config.checkpoint == RANDOM,
         stride=config.video_stride,
     )
@@ -214,7 +226,6 @@ def _prompts(session: Session, seed: int) -> Prompts | None:
 
 def _capture(asked: bool | None, device: torch.device) -> bool:
     """Whether to capture: as `asked`, or, if that is None, where it can be done."""
-    able = "capture" in inspect.signature(start_rollout).parameters and device.type == "cuda"
-    if asked and not able:
+    if asked and device.type != "cuda":
         raise ValueError("passes can be captured on CUDA alone: leave capture=true out")
-    return able if asked is None else bool(asked)
+    return device.type == "cuda" if asked is None else asked
