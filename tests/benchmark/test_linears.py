@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastar.attention.context import Stream
+from fastar.attention.context import Attend, Stream
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.fused import Execution, fuse
 from fastar.backbones.wan.linears import Linears, multiplies_fp8
 from fastar.benchmark.elementwise import kernels_of, timed_kernels
-from fastar.benchmark.linears import benchmark, products, velocity_error
+from fastar.benchmark.linears import attention_flops, benchmark, products, velocity_error
 
 pytest.importorskip("triton")
 
@@ -34,23 +34,41 @@ def no_attention(stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) ->
     return q + 1
 
 
-def given(model: CausalWanTransformer, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"latents": torch.randn(1, FRAMES, 16, 4, 6, dtype=dtype)}
-    sizes["timesteps"] = 1000 * torch.rand(1, FRAMES)
-    if model.config.text_dim is not None:
-        with torch.inference_mode():
-            sizes["text"] = model.project_text(torch.randn(1, 8, 16, dtype=dtype))
-    return sizes
+def given(config: WanConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What a pass takes beside attention."""
+    inputs = {
+        "latents": torch.randn(1, FRAMES, 16, 4, 6, dtype=dtype),
+        "timesteps": 1000 * torch.rand(1, FRAMES),
+    }
+    if config.text_dim is not None:
+        inputs["text"] = torch.randn(1, 8, config.text_dim, dtype=dtype)
+    return inputs
+
+
+def counted_flops(model: CausalWanTransformer, inputs: dict[str, Any], attend: Attend) -> int:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(**inputs, attend=attend)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("config", [TINY, replace(TINY, text_dim=None, text_len=None)])
 def test_products_are_those_of_a_pass(config: WanConfig) -> None:
     model = CausalWanTransformer(config)
-    inputs = given(model)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(**inputs, attend=no_attention)
+    inputs = given(config)
+    if "text" in inputs:
+        with torch.inference_mode():
+            inputs["text"] = model.project_text(inputs["text"])
     listed = products(config, batch=1, frames=FRAMES, tokens_per_frame=GRID[0] * GRID[1])
-    assert sum(product.flops for product in listed) == counter.get_total_flops()
+    assert sum(product.flops for product in listed) == counted_flops(model, inputs, no_attention)
+
+
+def test_attention_counts_both_its_products() -> None:
+    def attend(stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(2, 3)).softmax(-1) @ v
+
+    model, inputs, tokens = CausalWanTransformer(TINY), given(TINY), FRAMES * GRID[0] * GRID[1]
+    found = counted_flops(model, inputs, attend) - counted_flops(model, inputs, no_attention)
+    assert found == attention_flops(TINY, queries=tokens, keys=tokens, prompt=8)
 
 
 def test_products_and_passes_are_timed() -> None:
@@ -106,9 +124,7 @@ def test_velocity_error_is_that_of_8_bits(device: torch.device, monkeypatch: pyt
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model = model.to(device, torch.bfloat16)
-    inputs = given(CausalWanTransformer(TINY).to(torch.bfloat16), torch.bfloat16)
-    inputs["text"] = torch.randn(1, 8, 16, dtype=torch.bfloat16)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = {name: value.to(device) for name, value in given(TINY, torch.bfloat16).items()}
 
     def forward() -> Tensor:
         return model(**inputs, attend=no_attention)

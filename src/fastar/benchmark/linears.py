@@ -1,7 +1,8 @@
 """The products of a Wan pass alone, the pass around them without its attention, and what 8-bit products cost.
 
-A pass can hardly take less than its products at the rate found here and its attention at the engine's; what the second
-half adds to the first is elementwise work and, uncaptured, launches. Weights are random, which no time depends on.
+A pass can hardly take less than its products at the rate found here and its attention (`attention_flops`) at the
+engine's. What passes without attention add to the products is elementwise work and, uncaptured, launches. Weights are
+random, which no time depends on.
 
     python -m fastar.benchmark.linears conf/backbone/wan_1_3b.yaml
 """
@@ -67,6 +68,11 @@ def products(config: WanConfig, *, batch: int, frames: int, tokens_per_frame: in
         *(Product(name, rows, inputs, outputs, layers, True) for name, inputs, outputs in block),
         Product("head", rows, dim, patch * config.out_channels),
     ]
+
+
+def attention_flops(config: WanConfig, *, queries: int, keys: int, prompt: int = 0) -> int:
+    """Of a pass's dense attention in all layers: `queries` to `keys`, the own ones counted, and to `prompt` tokens."""
+    return 4 * config.num_layers * config.dim * queries * (keys + prompt)
 
 
 def benchmark(

@@ -100,7 +100,7 @@ class FusedPass:
         exact = torch.float32 if self.numerics != "self_forcing" else tokens.dtype  # of the modulation
         stream = tokens.flatten(0, 1).to(torch.float32 if self.numerics == "wan" else tokens.dtype)
         modulation = self.modulation[:, None, None].to(exact) + projected.to(exact)  # [layers, B, F, 6, dim]
-        read = {name: tokens for name, tokens in contexts.items() if tokens is not None}
+        read = {name: context for name, context in contexts.items() if context is not None}
         update, gate = None, None
         for layer, block in enumerate(self.blocks):
             own = {name: c[layer] if isinstance(c, tuple) else c for name, c in read.items()}
