@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -124,15 +120,3 @@ def test_the_geometry_of_wan(draw: Draw, bits: int) -> None:
     whole = [x.float() for x in (q, torch.cat([k_past, k], 2), torch.cat([v_past, v], 2))]
     expected, _ = engines.attend(*whole, log_count=counts, engine="reference")
     assert relative_error(out, expected) < TOLERANCE[torch.bfloat16]
-
-
-def test_the_kernel_compiles_for_hopper(tmp_path: Path, repository: Path) -> None:
-    """In a process without the interpreter, which replaces the compiler. Needs no GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(repository / "src")}
-    command = [sys.executable, "-m", "tests.engines.compile_kernels"]
-    done = subprocess.run(
-        command, env=environment, cwd=repository, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("shared memory") == 3

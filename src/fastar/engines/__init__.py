@@ -97,6 +97,7 @@ def attend(
     _check_head_dim(q, log_count, head_dim)
     if lengths is not None and tuple(lengths.shape) != tuple(k.shape[:2]):
         raise ValueError(f"lengths {tuple(lengths.shape)} must be [batch, heads] = {tuple(k.shape[:2])}")
+    lengths = None if lengths is None else lengths.to(torch.int32)
     call = AttentionCall(q, k, v, log_count, plan, return_lse, head_dim, lengths)
     chosen = get(resolve(engine, q.device, call))
     if lengths is not None and not chosen.takes_lengths:

@@ -49,6 +49,7 @@ def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int) -> None:
 
 def pad_width(x: Tensor, width: int) -> Tensor:
     """[..., L, D] -> a new contiguous [..., L, width], zeros behind D."""
-    padded = x.new_zeros(*x.shape[:-1], width)
+    padded = x.new_empty(*x.shape[:-1], width)
     padded[..., : x.shape[-1]] = x
+    padded[..., x.shape[-1] :] = 0
     return padded

@@ -90,7 +90,7 @@ def attend_packed(
         torch.empty(*q.shape, dtype=q.dtype, device=q.device),
         torch.empty(q.shape[:2], device=q.device),
     )
-    from fastar.engines.packed_kernels import attend_packed as kernel
+    from fastar.engines.kernels import attend_packed as kernel
 
     kernel[(-(-n // tile.queries), batch * heads)](
         q, keys.codes, keys.low, keys.step, values.codes, values.low, values.step,

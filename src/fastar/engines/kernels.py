@@ -1,8 +1,9 @@
-"""The Triton kernel of attention over packed slots: codes become vectors a tile at a time, in registers.
+"""Triton kernels of the engines: attention over packed slots, and moving tokens into the order of a plan.
 
 Legend: H heads of all batch entries, n queries, s packed slots, c keys of the current chunk, D numbers a head. A
-program holds a tile of Q queries of one head and streams over tiles of K packed slots, then over tiles of K current
-keys, with the softmax kept up in base 2: `top` is the largest logit so far, `mass` the sum of 2^(logit - top).
+program of attention holds a tile of Q queries of one head and streams over tiles of K packed slots, which become
+vectors in registers, then over tiles of K current keys. The softmax is kept up in base 2: `top` is the largest logit so
+far, `mass` the sum of 2^(logit - top).
 """
 
 # Sizes are not specialised: a cache that grows would compile again, and a size of 1 would become a constant.
@@ -107,3 +108,28 @@ def attend_packed(
     place = head * n + row
     tl.store(out + place[:, None] * D + width[None, :], total.to(queries.dtype), mask=inside[:, None])
     tl.store(lse + place, natural, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def move_rows(
+    source, order, target, length, heads, source_batch, source_head, source_row, target_batch, target_head, target_row,
+    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    """Row i of target [B, H, length, D] = row order[i] of source, or the other way round if SCATTER.
+
+    order int64 [B, H, length], permutations. D is contiguous, the other strides are given; D <= WIDTH.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    batch, head = problem // heads, problem % heads
+    place, width = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = place < length
+    other = tl.load(order + problem * length + place, mask=inside, other=0)
+    if SCATTER:
+        read, write = place, other
+    else:
+        read, write = other, place
+    source += batch * source_batch + head * source_head
+    target += batch * target_batch + head * target_head
+    used = inside[:, None] & (width < D)[None, :]
+    x = tl.load(source + read[:, None] * source_row + width[None, :], mask=used)
+    tl.store(target + write[:, None] * target_row + width[None, :], x, mask=used)
