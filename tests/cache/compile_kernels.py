@@ -67,6 +67,9 @@ def main() -> None:
     for first, width in ((0, 64), (0, 128), (0, 256), (128, 256)):
         constants = {"FIRST": first, "F": width, "WIDTH": width - first, "RUNS": 4, "STEP": 4, "TOTAL": True}
         report(f"fold, {first} to {width}", compiled(kernels.fold, 4, {"x": bf16}, **constants), "ld.global")
+    constants = {"F": 128, "WIDTH": 64, "BLOCK": 128}
+    result = compiled(kernels.compact, 4, {"x": bf16, "count": "i32", "keep": "*i32"}, **constants)
+    report("compact", result, "bar.sync")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,18 @@ def test_groups_are_folded_into_their_means(device: torch.device) -> None:
         assert torch.equal(total[0, stays], mass[problem, stays])
 
 
+def test_slots_that_stay_move_to_the_front(device: torch.device) -> None:
+    for shape, size in (((2, 300, 70), 300), ((2, 40), 40)):
+        wide = whole(1, *shape, device=device)
+        x = wide[..., :65] if len(shape) == 3 else wide
+        keep = torch.rand(2, size - 3).argsort(1)[:, : size // 2].sort(1).values.to(device) + 3
+        expected, before = torch.stack([x[0, n, keep[n]] for n in range(2)]), wide.clone()
+        fused.compact(x, keep.to(torch.int32), 3)
+        assert torch.equal(x[0, :, 3 : 3 + size // 2], expected)
+        assert torch.equal(x[:, :, :3], before[:, :, :3] if x is wide else before[:, :, :3, :65])
+        assert x is wide or torch.equal(wide[..., 65:], before[..., 65:])
+
+
 def test_moments_and_their_factors(device: torch.device) -> None:
     x = torch.randn(1, 2, 70, 12, device=device)
     rope, positions = RotaryEmbedding(12), grid_positions(3, 1, (7, 10), device=device)
@@ -323,4 +335,4 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=without, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("shared memory") == 17
+    assert done.stdout.count("shared memory") == 18

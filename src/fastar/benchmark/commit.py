@@ -144,7 +144,7 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
         return gone, moved
 
     gone, moved = merge()
-    edit, _ = plan(policy, layers, buffer, staged, extras, Scratch())
+    edit, _ = plan(policy, layers, buffer, staged, extras)
 
     def total() -> None:
         policy._take_in(policy._commit_layers(Scratch()))

@@ -279,6 +279,20 @@ class Runs:
         return totals
 
 
+def compact(x: Tensor, keep: Tensor, first: int) -> None:
+    """Move slots `keep` int32 [N, K], ascending, of x [B, H, M, ...] to the slots from `first` on, in place.
+
+    A slot must not move backwards: keep[:, j] >= first + j.
+    """
+    rows = x.flatten(0, 1)
+    width = rows[0, 0].numel()
+    columns = min(64, 1 << (width - 1).bit_length())
+    kernels().compact[(_blocks(width, columns), len(rows))](
+        rows, keep, first, keep.shape[1], rows.stride(0), rows.stride(1),
+        F=width, WIDTH=columns, BLOCK=128, num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
 def _upto(high: Tensor) -> Tensor:
     """Keys before `high` int32 [N, n] or [n] are excluded."""
     high = high if high.dim() == 2 else high[None]
