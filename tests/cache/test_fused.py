@@ -47,10 +47,9 @@ def whole(*shape: int, device: torch.device) -> Tensor:
     return torch.randint(-3, 4, shape).float().to(device)
 
 
-def committed(policy: Any, device: torch.device, chunks: int = 5, layers: int = 1) -> Any:
-    """After commits of two frames; one head, since the interpreter takes its time."""
-    bound(policy, device=device, layers=layers, batch=1, num_heads=2 if layers == 1 else 1, chunk_frames=2)
-    heads = policy.spec.num_heads
+def committed(policy: Any, device: torch.device, chunks: int = 5, layers: int = 1, heads: int = 1) -> Any:
+    """After commits of two frames; little of everything, since the interpreter takes its time."""
+    bound(policy, device=device, layers=layers, batch=1, num_heads=heads, chunk_frames=2)
     for number in range(chunks):
         for layer in range(layers):
             chunk = random_chunk(1000 * layer + number, 2 * number, device=device)
@@ -69,9 +68,9 @@ def fields(policy: SlotPolicy, layer: int) -> dict[str, Tensor]:
 def test_fused_commits_are_the_plain_ones(name: str, device: torch.device) -> None:
     """Random float32 features have no near ties: the same slots merge, and numbers agree to rounding."""
     options = {"budget_frames": 12, **FLOAT, **VARIANTS[name]}
-    layers = 2 if name == "last" else 1
-    plain = committed(cache.TempCache(**options), device, layers=layers)
-    together = committed(cache.TempCache(commit_by="fused", **options), device, layers=layers)
+    layers, heads = 2 if name == "last" else 1, 2 if name == "default" else 1
+    plain = committed(cache.TempCache(**options), device, layers=layers, heads=heads)
+    together = committed(cache.TempCache(commit_by="fused", **options), device, layers=layers, heads=heads)
     assert plain.filled == together.filled == plain.capacity_slots()
     for layer in range(layers):
         expected, found = fields(plain, layer), fields(together, layer)
@@ -88,7 +87,7 @@ def test_a_fused_commit_waits_for_nothing_and_writes_without_allocating() -> Non
     before = policy.state_dict()
     chunk = random_chunk(9, 8)
     for name in ("q_raw", "k_raw", "k", "v"):
-        setattr(chunk, name, getattr(chunk, name)[:1])
+        setattr(chunk, name, getattr(chunk, name)[:1, :1])
     policy.stage(0, chunk)
     prepared = policy.prepare(8, 2)
     for name, x in policy.state_dict().items():
