@@ -76,7 +76,7 @@ class FusedEdit(Edit):
     ) -> None:
         super().__init__(Change(Joined(slots, buffer.narrow(0, 0)), whole=whole), buffer, Scratch())
         self._kept = slots.size if merging is None else merging.start + merging.keep.shape[1]
-        self._merging, self._arrivals = merging, arrivals
+        self._merging, self._behind = merging, arrivals
         self.size = self._kept + (arrivals[0].size if arrivals else 0)
 
     def apply(self, buffer: Slots) -> None:
@@ -90,7 +90,7 @@ class FusedEdit(Edit):
                     compact(tensor, merging.keep, merging.start)
         for name, new in whole.items():
             buffer[name][:, :, : self._kept] = new
-        write_arrivals(buffer, self._kept, self._arrivals)
+        write_arrivals(buffer, self._kept, self._behind)
 
 
 def write_arrivals(buffer: Slots, at: int, arrivals: Sequence[Slots]) -> None:
@@ -211,11 +211,10 @@ def kept(
 
 def observed(policy: TempCache, staged: Sequence[Staged], extras: dict[str, Tensor]) -> dict[str, Tensor]:
     """`extras` with the arriving queries taken into the second moments of all layers."""
-    spec, turns = policy.spec, None
-    if policy.match_space == "roped":
-        turns = tuple(x.float() for x in spec.rope.tables(staged[0].positions))
+    spec = policy.spec
+    cosine, sine = (x.float() for x in spec.rope.tables(staged[0].positions))
     arrived = staged[0].k.shape[2]
-    second = [moments(each.q_raw, turns=turns, span=_QUERY_SPAN)[1] for each in staged]
+    second = [moments(each.q_raw, turns=(cosine, sine), span=_QUERY_SPAN)[1] for each in staged]
     moment = pack_moment(torch.cat(second).unflatten(0, (-1, spec.num_heads)) / arrived)
     seen = extras["observed"] + 1
     share = (1 / seen).clamp_min(1 / policy.moment_horizon)[:, None].expand(-1, spec.batch).reshape(-1, 1, 1)
