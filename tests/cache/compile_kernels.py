@@ -65,8 +65,11 @@ def main() -> None:
     report("places", compiled(kernels.places, 16, {"flags": "*u8"}, BLOCK=4096, WANTED=1), "ld.global")
     report("find_roots", compiled(kernels.find_roots, 4, {}, BLOCK=256), "ld.global")
     for first, width in ((0, 64), (0, 128), (0, 256), (128, 256)):
-        constants = {"FIRST": first, "F": width, "WIDTH": width - first, "RUNS": 4, "STEP": 4, "TOTAL": True}
+        runs = 1024 // (width - first)
+        constants = {"FIRST": first, "F": width, "WIDTH": width - first, "RUNS": runs, "STEP": 4, "TOTAL": False}
         report(f"fold, {first} to {width}", compiled(kernels.fold, 4, {"x": bf16}, **constants), "ld.global")
+    constants = {"FIRST": 0, "F": 1, "WIDTH": 16, "RUNS": 64, "STEP": 4, "TOTAL": True}
+    report("fold, counts", compiled(kernels.fold, 4, {"x": "*fp32"}, **constants), "ld.global")
     constants = {"F": 128, "WIDTH": 64, "BLOCK": 128}
     result = compiled(kernels.compact, 4, {"x": bf16, "count": "i32", "keep": "*i32"}, **constants)
     report("compact", result, "bar.sync")

@@ -141,7 +141,10 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     surplus = min(surplus, inside.size - frame)
 
     def merge() -> tuple[Tensor, ...]:
-        _, gone, moved, _ = choose(slots, partner, cost, surplus, policy.rounds, policy.weighting, first=0)
+        again = policy.refresh > 0
+        _, gone, moved, _ = choose(
+            slots, partner, cost, surplus, policy.rounds, policy.weighting, first=0, again=again
+        )
         return gone, moved
 
     gone, moved = merge()

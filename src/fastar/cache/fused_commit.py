@@ -157,7 +157,14 @@ def plan(
     if surplus > 0:
         first = spec.head_dim if policy.key == "last" else 0
         root, gone, partner, runs = choose(
-            slots, partner, cost, surplus, policy.rounds, policy.weighting, first=first
+            slots,
+            partner,
+            cost,
+            surplus,
+            policy.rounds,
+            policy.weighting,
+            first=first,
+            again=policy.refresh > 0,
         )
         keep, whole = kept(policy, slots, gone, partner, cost, surplus, arrived)
         newer = torch.arange(stop, size, dtype=torch.int32, device=keep.device).expand(len(keep), -1)
