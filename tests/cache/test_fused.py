@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from fastar.benchmark.commit import CommitGeometry, StandIn, commit_rows, stage
 from fastar.cache import fused, merge
 from fastar.cache.policy import SlotPolicy
 from tests.dispatch import Watched
+from tests.hopper import compile_apart
 
 from .worlds import FLOAT, TOKENS, bound, random_chunk
 
@@ -292,7 +291,7 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
         tokens = found.log_count.double().exp().sum(-1)
         assert (tokens - 18 * 15 * 26).abs().max() < 1e-2
         error[by] = float((attended(found) - expected).norm() / expected.norm())
-    assert error["fused"] < 1.02 * error["plain"] and error["plain"] < 1.02 * error["fused"]
+    assert error["fused"] < 1.05 * error["plain"] and error["plain"] < 1.05 * error["fused"]
 
 
 @pytest.mark.gpu
@@ -325,13 +324,5 @@ def fused_scratch() -> Any:
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
-    """In a process without the interpreter, which replaces the compiler. Needs no GPU."""
-    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    without["TRITON_CACHE_DIR"] = str(tmp_path)
-    without["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), without.get("PYTHONPATH", "")])
-    script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], env=without, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("shared memory") == 19
+    """Needs no GPU."""
+    assert compile_apart("tests.cache.compile_kernels", tmp_path) == 19
