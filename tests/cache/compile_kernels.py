@@ -17,7 +17,8 @@ VECTORS = {"x", "key", "value", "projection", "out", "searched"}
 INDICES = {"keep", "rows", "partner", "found", "best", "root", "order", "target"}
 FLAGS = {"flags", "gone", "chosen"}
 STRIDES = {
-    "batch_stride", "head_stride", "row_stride", "key_stride", "key_row", "value_stride", "value_row", "x_stride", "x_row",
+    "batch_stride", "head_stride", "row_stride", "key_stride", "key_row", "value_stride", "value_row", "x_stride",
+    "x_row",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastar import cache
 from fastar.ann.similarity import moment_factor, random_directions
 from fastar.attention.rope import RotaryEmbedding, grid_positions
-from fastar.benchmark.commit import CommitGeometry, StandIn, commit_rows, stage
+from fastar.benchmark.commit import FAST, CommitGeometry, StandIn, commit_rows, stage
 from fastar.cache import fused, merge
 from fastar.cache.policy import SlotPolicy
 from tests.dispatch import Watched
@@ -248,6 +249,11 @@ def test_the_benchmark_times_every_step(device: torch.device) -> None:
     assert ("graph" in row) == (device.type == "cuda")
 
 
+def test_the_benchmark_and_the_config_mean_the_same_setting(composed: Callable[..., Any]) -> None:
+    config = composed("cache/tempcache_fast").cache
+    assert {name: config[name] for name in FAST} == FAST and config.commit_by == "fused"
+
+
 GEOMETRY = CommitGeometry(layers=2, heads=4, grid=(15, 26))
 
 
@@ -266,7 +272,7 @@ def rollout(options: dict[str, Any], chunks: int = 6) -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{}, {"rounds": 1, "refresh": 0.125, "match_width": 64}], ids=["all", "fast"]
+    "options", [{}, {"rounds": 1, "refresh": 0.0, "match_width": 64}], ids=["all", "fast"]
 )
 def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]) -> None:
     """Features of 16 bits settle near ties in another way: other slots merge here and there, at the same cost."""
@@ -297,7 +303,7 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
 @pytest.mark.gpu
 def test_a_full_cache_commits_in_a_graph() -> None:
     """Captured once and replayed, on what was staged at capture: the bits of an eager commit, and again of another."""
-    options = {"commit_by": "fused", "rounds": 1, "refresh": 0.125, "match_width": 64}
+    options = {"commit_by": "fused", "rounds": 1, "refresh": 0.0, "match_width": 64}
     eager, captured = rollout(options), rollout(options)
     before = captured.state_dict()
     staged = dict(captured._staged)

@@ -24,7 +24,7 @@ from fastar.cache.fused import choose, match
 from fastar.cache.fused_commit import kept, observed, plan, slots_of
 from fastar.cache.tempcache import TempCache
 
-FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.125, "rounds": 1}  # conf/cache/tempcache_fast.yaml
+FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.0, "rounds": 1}  # conf/cache/tempcache_fast.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ def main() -> None:
     python -m fastar.benchmark.commit
     """
     device, geometry = torch.device("cuda"), CommitGeometry()
-    settings: dict[str, dict[str, Any]] = {"default": {}, "fast": dict(FAST)}
+    settings = {"default": {}, "fast": FAST, "fast, refresh=0.125": FAST | {"refresh": 0.125}}
     for name, options in settings.items():
         for row in commit_rows([3, 6, 12, 18], options, geometry, device=device, repeats=5):
             peak = torch.cuda.max_memory_allocated(device) / 2**30
