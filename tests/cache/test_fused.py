@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import Tensor
 from fastar import cache
 from fastar.ann.similarity import moment_factor, random_directions
 from fastar.attention.rope import RotaryEmbedding, grid_positions
-from fastar.benchmark.commit import CommitGeometry, StandIn, commit_rows, stage
+from fastar.benchmark.commit import FAST, CommitGeometry, StandIn, commit_rows, stage
 from fastar.cache import fused, merge
 from fastar.cache.policy import SlotPolicy
 from tests.dispatch import Watched
+from tests.hopper import compile_apart
 
 from .worlds import FLOAT, TOKENS, bound, random_chunk
 
@@ -47,10 +47,9 @@ def whole(*shape: int, device: torch.device) -> Tensor:
     return torch.randint(-3, 4, shape).float().to(device)
 
 
-def committed(policy: Any, device: torch.device, chunks: int = 5, layers: int = 1) -> Any:
-    """After commits of two frames; one head, since the interpreter takes its time."""
-    bound(policy, device=device, layers=layers, batch=1, num_heads=2 if layers == 1 else 1, chunk_frames=2)
-    heads = policy.spec.num_heads
+def committed(policy: Any, device: torch.device, chunks: int = 5, layers: int = 1, heads: int = 1) -> Any:
+    """After commits of two frames; little of everything, since the interpreter takes its time."""
+    bound(policy, device=device, layers=layers, batch=1, num_heads=heads, chunk_frames=2)
     for number in range(chunks):
         for layer in range(layers):
             chunk = random_chunk(1000 * layer + number, 2 * number, device=device)
@@ -69,9 +68,9 @@ def fields(policy: SlotPolicy, layer: int) -> dict[str, Tensor]:
 def test_fused_commits_are_the_plain_ones(name: str, device: torch.device) -> None:
     """Random float32 features have no near ties: the same slots merge, and numbers agree to rounding."""
     options = {"budget_frames": 12, **FLOAT, **VARIANTS[name]}
-    layers = 2 if name == "last" else 1
-    plain = committed(cache.TempCache(**options), device, layers=layers)
-    together = committed(cache.TempCache(commit_by="fused", **options), device, layers=layers)
+    layers, heads = 2 if name == "last" else 1, 2 if name == "default" else 1
+    plain = committed(cache.TempCache(**options), device, layers=layers, heads=heads)
+    together = committed(cache.TempCache(commit_by="fused", **options), device, layers=layers, heads=heads)
     assert plain.filled == together.filled == plain.capacity_slots()
     for layer in range(layers):
         expected, found = fields(plain, layer), fields(together, layer)
@@ -88,7 +87,7 @@ def test_a_fused_commit_waits_for_nothing_and_writes_without_allocating() -> Non
     before = policy.state_dict()
     chunk = random_chunk(9, 8)
     for name in ("q_raw", "k_raw", "k", "v"):
-        setattr(chunk, name, getattr(chunk, name)[:1])
+        setattr(chunk, name, getattr(chunk, name)[:1, :1])
     policy.stage(0, chunk)
     prepared = policy.prepare(8, 2)
     for name, x in policy.state_dict().items():
@@ -167,6 +166,18 @@ def test_groups_are_folded_into_their_means(device: torch.device) -> None:
         assert torch.equal(total[0, stays], mass[problem, stays])
 
 
+def test_slots_that_stay_move_to_the_front(device: torch.device) -> None:
+    for shape, size in (((2, 300, 70), 300), ((2, 40), 40)):
+        wide = whole(1, *shape, device=device)
+        x = wide[..., :65] if len(shape) == 3 else wide
+        keep = torch.rand(2, size - 3).argsort(1)[:, : size // 2].sort(1).values.to(device) + 3
+        expected, before = torch.stack([x[0, n, keep[n]] for n in range(2)]), wide.clone()
+        fused.compact(x, keep.to(torch.int32), 3)
+        assert torch.equal(x[0, :, 3 : 3 + size // 2], expected)
+        assert torch.equal(x[:, :, :3], before[:, :, :3] if x is wide else before[:, :, :3, :65])
+        assert x is wide or torch.equal(wide[..., 65:], before[..., 65:])
+
+
 def test_moments_and_their_factors(device: torch.device) -> None:
     x = torch.randn(1, 2, 70, 12, device=device)
     rope, positions = RotaryEmbedding(12), grid_positions(3, 1, (7, 10), device=device)
@@ -238,6 +249,11 @@ def test_the_benchmark_times_every_step(device: torch.device) -> None:
     assert ("graph" in row) == (device.type == "cuda")
 
 
+def test_the_benchmark_and_the_config_mean_the_same_setting(composed: Callable[..., Any]) -> None:
+    config = composed("cache/tempcache_fast").cache
+    assert {name: config[name] for name in FAST} == FAST and config.commit_by == "fused"
+
+
 GEOMETRY = CommitGeometry(layers=2, heads=4, grid=(15, 26))
 
 
@@ -256,7 +272,7 @@ def rollout(options: dict[str, Any], chunks: int = 6) -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{}, {"rounds": 1, "refresh": 0.125, "match_width": 64}], ids=["all", "fast"]
+    "options", [{}, {"rounds": 1, "refresh": 0.0, "match_width": 64}], ids=["all", "fast"]
 )
 def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]) -> None:
     """Features of 16 bits settle near ties in another way: other slots merge here and there, at the same cost."""
@@ -281,13 +297,13 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
         tokens = found.log_count.double().exp().sum(-1)
         assert (tokens - 18 * 15 * 26).abs().max() < 1e-2
         error[by] = float((attended(found) - expected).norm() / expected.norm())
-    assert error["fused"] < 1.02 * error["plain"] and error["plain"] < 1.02 * error["fused"]
+    assert error["fused"] < 1.05 * error["plain"] and error["plain"] < 1.05 * error["fused"]
 
 
 @pytest.mark.gpu
 def test_a_full_cache_commits_in_a_graph() -> None:
     """Captured once and replayed, on what was staged at capture: the bits of an eager commit, and again of another."""
-    options = {"commit_by": "fused", "rounds": 1, "refresh": 0.125, "match_width": 64}
+    options = {"commit_by": "fused", "rounds": 1, "refresh": 0.0, "match_width": 64}
     eager, captured = rollout(options), rollout(options)
     before = captured.state_dict()
     staged = dict(captured._staged)
@@ -314,13 +330,5 @@ def fused_scratch() -> Any:
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
-    """In a process without the interpreter, which replaces the compiler. Needs no GPU."""
-    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    without["TRITON_CACHE_DIR"] = str(tmp_path)
-    without["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), without.get("PYTHONPATH", "")])
-    script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], env=without, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("shared memory") == 17
+    """Needs no GPU."""
+    assert compile_apart("tests.cache.compile_kernels", tmp_path) == 19

@@ -303,7 +303,7 @@ def test_configured_caches_and_matchers(composed) -> None:  # type: ignore[no-un
     from hydra.utils import instantiate
 
     names = ["dense", "window", "sink_recent", "random", "key_norm", "int4_window", "empty", "tempcache",
-             "tempcache_paper", "tempcache_int8", "tempcache_int4"]  # fmt: skip
+             "tempcache_paper", "tempcache_int8", "tempcache_int4", "tempcache_fast"]  # fmt: skip
     for name in names:
         policy = instantiate(composed(f"cache/{name}").cache)
         assert isinstance(policy, cache.CachePolicy), name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fastar.cache.fused import choose, match
 from fastar.cache.fused_commit import kept, observed, plan, slots_of
 from fastar.cache.tempcache import TempCache
 
-FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.125, "rounds": 1}  # conf/cache/tempcache_fast.yaml
+FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.0, "rounds": 1}  # conf/cache/tempcache_fast.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +141,14 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     surplus = min(surplus, inside.size - frame)
 
     def merge() -> tuple[Tensor, ...]:
-        _, gone, moved, _ = choose(slots, partner, cost, surplus, policy.rounds, policy.weighting, first=0)
+        again = policy.refresh > 0
+        _, gone, moved, _ = choose(
+            slots, partner, cost, surplus, policy.rounds, policy.weighting, first=0, again=again
+        )
         return gone, moved
 
     gone, moved = merge()
-    edit, _ = plan(policy, layers, buffer, staged, extras, Scratch())
+    edit, _ = plan(policy, layers, buffer, staged, extras)
 
     def total() -> None:
         policy._take_in(policy._commit_layers(Scratch()))
@@ -182,10 +186,8 @@ def tile_rows(
         queries, keys = torch.randn(2, problems, tokens, width, device=device).bfloat16()
         offset = -0.5 * keys.float().square().sum(-1)
         for tile in tiles:
-            seconds = timed(
-                lambda tile=tile: nearest_allowed(queries, keys, offset, None, tile),  # noqa: B023
-                device=device, repeats=repeats,
-            ).median  # fmt: skip
+            search = partial(nearest_allowed, queries, keys, offset, None, tile)
+            seconds = timed(search, device=device, repeats=repeats).median
             flops = 2 * problems * tokens**2 * width
             yield {"width": width, "tile": str(tile), "ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
 
@@ -196,7 +198,7 @@ def main() -> None:
     python -m fastar.benchmark.commit
     """
     device, geometry = torch.device("cuda"), CommitGeometry()
-    settings: dict[str, dict[str, Any]] = {"default": {}, "fast": dict(FAST)}
+    settings = {"default": {}, "fast": FAST, "fast, refresh=0.125": FAST | {"refresh": 0.125}}
     for name, options in settings.items():
         for row in commit_rows([3.1, 6, 12, 18], options, geometry, device=device, repeats=5):
             peak = torch.cuda.max_memory_allocated(device) / 2**30

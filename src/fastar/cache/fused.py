@@ -142,8 +142,11 @@ def choose(
     weighting: Weighting,
     *,
     first: int,
+    again: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Runs]:
     """`fastar.cache.allocation.choose`; the features, from column `first` on, and counts of `slots` become the groups'.
+
+    Features do so only if they are needed `again` after the last round.
 
     Returns:
         root int32, gone uint8, partner int32 [N, M], and the runs of all that moved.
@@ -159,9 +162,11 @@ def choose(
         moved = wide.gather(1, partner.clamp_min(0).long()).to(torch.int32)
         partner = torch.where(partner < 0, -1, moved)
         runs = Runs.of(rows, step)
-        if slots.searched is not slots.features:
+        if again and slots.searched is not slots.features:
             runs.fold(slots.searched, slots.count)
-        slots.count = runs.fold(slots.features, slots.count, first=first, total=True)
+        if again or left:
+            runs.fold(slots.features, slots.count, first=first)
+        slots.count = runs.total(slots.count)
         if left:
             _, cost = cheaper_partner(slots, partner, None, weighting)
     assert root is not None
@@ -264,19 +269,39 @@ class Runs:
         target, at = root.gather(1, rows.long()).sort(dim=1, stable=True)
         return cls(rows.gather(1, at), target)
 
+    def total(self, count: Tensor) -> Tensor:
+        """Sum of count [N, M] over each group, at its root; other slots keep theirs."""
+        return self.fold(count.clone()[..., None], count, total=True)
+
     def fold(self, x: Tensor, count: Tensor, *, first: int = 0, total: bool = False) -> Tensor:
-        """Write each group's mean over its root's row of x [N, M, F], whose rows lie next to one another, in place.
+        """Write each group's mean over its root's row of x [N, M, F], in place.
 
         Means are weighted by count [N, M]; columns before `first` stay. Returns the groups' counts if `total`.
         """
         width, moved = x.shape[2], self.order.shape[1]
         totals = count.clone() if total else count
-        runs = 4
+        runs = max(
+            1, 1024 // _padded(width - first)
+        )  # numbers that a program holds: 1,024 sums, four rows to each
         kernels().fold[(_blocks(moved, runs), len(x))](
             x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
             F=width, WIDTH=_padded(width - first), RUNS=runs, STEP=4, TOTAL=total, num_warps=4,
         )  # fmt: skip
         return totals
+
+
+def compact(x: Tensor, keep: Tensor, first: int) -> None:
+    """Move slots `keep` int32 [N, K], ascending, of x [B, H, M, ...] to the slots from `first` on, in place.
+
+    A slot must not move backwards: keep[:, j] >= first + j.
+    """
+    rows = x.flatten(0, 1)
+    width = rows[0, 0].numel()
+    columns = min(64, 1 << (width - 1).bit_length())
+    kernels().compact[(_blocks(width, columns), len(rows))](
+        rows, keep, first, keep.shape[1], rows.stride(0), rows.stride(1),
+        F=width, WIDTH=columns, BLOCK=128, num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 def _upto(high: Tensor) -> Tensor:

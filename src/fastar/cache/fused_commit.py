@@ -8,6 +8,7 @@ asked of the device, and no tensor's address depends on its contents: both halve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from fastar.cache.fused import (
     FusedSlots,
     Runs,
     choose,
+    compact,
     match,
     moment_factors,
     moments,
@@ -36,37 +38,59 @@ if TYPE_CHECKING:
 _QUERY_SPAN = 512  # queries of one layer that a program sums: few problems must fill the device
 
 
+@dataclass(frozen=True)
+class Merging:
+    """What is to become of slots start .. stop - 1 of a buffer, and of those behind them.
+
+    Attributes:
+        runs: which end where, counted from `start`; count: tokens each stands for, float [N, M].
+        keep: int32 [N, K] ascending, the slots from `start` on that stay.
+        merge_keys: whether keys become means, as values do.
+    """
+
+    start: int
+    stop: int
+    runs: Runs
+    count: Tensor
+    keep: Tensor
+    merge_keys: bool
+
+
 class FusedEdit(Edit):
-    """Merges, then moves, then arrivals.
+    """Merges, then moves, then arrivals, all written where the slots are.
 
     Args:
-        change: of the slots in `buffer` alone; arrivals, if any are to come, follow what it leaves.
-        merging: the slots from `start` on that merge, their runs, and the tokens they stand for; None for none.
+        slots: those in use, in `buffer`.
+        whole: fields of all slots that stay, without those left out.
+        merging: None for no merges.
         arrivals: by layer, to be written behind the slots that stay.
     """
 
     def __init__(
         self,
-        change: Change,
+        slots: Slots,
         buffer: Slots,
-        scratch: Scratch,
-        *,
-        merging: tuple[int, int, Runs, Tensor, bool] | None,
+        whole: dict[str, Tensor],
+        merging: Merging | None,
         arrivals: Sequence[Slots],
     ) -> None:
-        super().__init__(change, buffer, scratch)
-        self._kept, self._merging, self._arrivals = self.size, merging, arrivals
-        self.size += arrivals[0].size if arrivals else 0
+        super().__init__(Change(Joined(slots, buffer.narrow(0, 0)), whole=whole), buffer, Scratch())
+        self._kept = slots.size if merging is None else merging.start + merging.keep.shape[1]
+        self._merging, self._behind = merging, arrivals
+        self.size = self._kept + (arrivals[0].size if arrivals else 0)
 
     def apply(self, buffer: Slots) -> None:
-        if self._merging is not None:
-            start, stop, runs, count, keys = self._merging
-            for name in ("key", "value") if keys else ("value",):
-                runs.fold(buffer[name][:, :, start:stop].flatten(0, 1), count)
-        size, self.size = self.size, self._kept
-        super().apply(buffer)
-        self.size = size
-        write_arrivals(buffer, self._kept, self._arrivals)
+        merging, whole = self._merging, self._change.whole
+        if merging is not None:
+            for name in ("key", "value") if merging.merge_keys else ("value",):
+                inside = buffer[name][:, :, merging.start : merging.stop].flatten(0, 1)
+                merging.runs.fold(inside, merging.count)
+            for name, tensor in buffer.fields.items():
+                if name not in whole:
+                    compact(tensor, merging.keep, merging.start)
+        for name, new in whole.items():
+            buffer[name][:, :, : self._kept] = new
+        write_arrivals(buffer, self._kept, self._behind)
 
 
 def write_arrivals(buffer: Slots, at: int, arrivals: Sequence[Slots]) -> None:
@@ -82,7 +106,6 @@ def plan(
     buffer: Slots,
     staged: Sequence[Staged],
     extras: dict[str, Tensor],
-    scratch: Scratch,
 ) -> tuple[FusedEdit, dict[str, Tensor]]:
     """What a commit makes of several layers, whose slots are `buffer` [layers * batch, ...].
 
@@ -106,9 +129,7 @@ def plan(
     frame, total = spec.tokens_per_frame, filled + arrived
     extras = observed(policy, staged, extras)
     arrivals = [policy.encode(each) for each in staged]
-    if (
-        filled < policy.capacity_slots() < total
-    ):  # the one commit in which they may lie where they are to be moved
+    if filled < policy.capacity_slots() < total:  # in this one commit they may lie where they are to go
         arrivals = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in arrivals]
     start = min(policy.sink_frames * frame, total)
     stop = max(start, total - policy.verbatim_slots())
@@ -117,10 +138,9 @@ def plan(
         arrivals, size = [], total
     else:
         size = filled
-    nothing = buffer.narrow(0, 0)
-    change = Change(Joined(buffer.narrow(0, size), nothing), first=start)
+    used = buffer.narrow(0, size)
     if stop == start:
-        return FusedEdit(change, buffer, scratch, merging=None, arrivals=arrivals), extras
+        return FusedEdit(used, buffer, {}, None, arrivals), extras
 
     inside = buffer.narrow(start, stop)
     slots = slots_of(policy, inside, extras["moment"])
@@ -133,24 +153,29 @@ def plan(
         policy.weighting,
     )
     surplus = total - policy.capacity_slots()
-    merging = None
-    whole = {"partner": partner}
+    merging, whole = None, {"partner": partner}
     if surplus > 0:
         first = spec.head_dim if policy.key == "last" else 0
         root, gone, partner, runs = choose(
-            slots, partner, cost, surplus, policy.rounds, policy.weighting, first=first
+            slots,
+            partner,
+            cost,
+            surplus,
+            policy.rounds,
+            policy.weighting,
+            first=first,
+            again=policy.refresh > 0,
         )
-        merging = (start, stop, runs, count, policy.key == "mean")
         keep, whole = kept(policy, slots, gone, partner, cost, surplus, arrived)
-        newer = torch.arange(stop, size, dtype=torch.long, device=keep.device)
-        newer = newer.expand(*inside["count"].shape[:2], -1)
-        change.keep = torch.cat([keep.long().unflatten(0, inside["count"].shape[:2]) + start, newer], 2)
+        newer = torch.arange(stop, size, dtype=torch.int32, device=keep.device).expand(len(keep), -1)
+        keep = torch.cat([keep + start, newer], 1)
+        merging = Merging(start, stop, runs, count, keep, policy.key == "mean")
         note(policy, layers, inside, root)
     for name, new in whole.items():
         tensor = buffer[name]
         new = new.to(tensor.dtype).unflatten(0, tensor.shape[:2])
-        change.whole[name] = torch.cat([tensor[:, :, :start], new, tensor[:, :, stop:size]], 2)
-    return FusedEdit(change, buffer, scratch, merging=merging, arrivals=arrivals), extras
+        whole[name] = torch.cat([tensor[:, :, :start], new, tensor[:, :, stop:size]], 2)
+    return FusedEdit(used, buffer, whole, merging, arrivals), extras
 
 
 def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
@@ -193,11 +218,10 @@ def kept(
 
 def observed(policy: TempCache, staged: Sequence[Staged], extras: dict[str, Tensor]) -> dict[str, Tensor]:
     """`extras` with the arriving queries taken into the second moments of all layers."""
-    spec, turns = policy.spec, None
-    if policy.match_space == "roped":
-        turns = tuple(x.float() for x in spec.rope.tables(staged[0].positions))
+    spec = policy.spec
+    cosine, sine = (x.float() for x in spec.rope.tables(staged[0].positions))
     arrived = staged[0].k.shape[2]
-    second = [moments(each.q_raw, turns=turns, span=_QUERY_SPAN)[1] for each in staged]
+    second = [moments(each.q_raw, turns=(cosine, sine), span=_QUERY_SPAN)[1] for each in staged]
     moment = pack_moment(torch.cat(second).unflatten(0, (-1, spec.num_heads)) / arrived)
     seen = extras["observed"] + 1
     share = (1 / seen).clamp_min(1 / policy.moment_horizon)[:, None].expand(-1, spec.batch).reshape(-1, 1, 1)

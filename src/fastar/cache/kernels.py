@@ -217,7 +217,9 @@ def sort_key(cost, gone, at, mask, GONE: tl.constexpr):
 def lowest(cost, gone, chosen, rows, size, number, BLOCK: tl.constexpr, GONE: tl.constexpr):
     """The `number` lowest of cost [N, M], of equals the first: chosen uint8 [N, M], and rows int32 [N, R] ascending.
 
-    Those of which `gone` uint8 [N, M] is set come last. The threshold is found bit by bit, from the highest.
+    Those of which `gone` uint8 [N, M] is set come last. The threshold is found two bits at a time, from the highest: it
+    lies behind all slots that agree in the bits so far and have a lower digit, as long as these are fewer than wanted.
+    M is below 2^21.
     """
     problem = tl.program_id(0).to(tl.int64)
     cost += problem * size
@@ -227,17 +229,24 @@ def lowest(cost, gone, chosen, rows, size, number, BLOCK: tl.constexpr, GONE: tl
     inner = tl.arange(0, BLOCK)
     threshold = tl.zeros([1], tl.int64)
     left = tl.zeros([1], tl.int64) + number
-    for step in range(0, 32):
-        bit = 31 - step
-        below = tl.zeros([BLOCK], tl.int32)
+    one, ones = tl.full([1], 1, tl.int64), tl.full([BLOCK], 1, tl.int64)
+    for step in range(0, 16):
+        bit = 30 - 2 * step
+        counts = tl.zeros(
+            [BLOCK], tl.int64
+        )  # of slots whose next two bits are 0, 1 and 2: three fields of 21 bits
         for first in range(0, size, BLOCK):
             at = first + inner
             key = sort_key(cost, gone, at, at < size, GONE)
-            below += (key >> bit == threshold >> bit).to(tl.int32)
-        count = tl.sum(below, 0)
-        over = left > count
-        left = tl.where(over, left - count, left)
-        threshold = tl.where(over, threshold + (tl.full([1], 1, tl.int64) << bit), threshold)
+            digit = (key >> bit) - (threshold >> bit)
+            fits = (digit >= 0) & (digit < 3)
+            counts += tl.where(fits, ones << tl.where(fits, 21 * digit, 0), 0)
+        total = tl.sum(counts, 0)
+        for field in tl.static_range(3):
+            count = (total >> (21 * field)) & 0x1FFFFF
+            over = (left > count) & (threshold >> bit & 3 == field)
+            left = tl.where(over, left - count, left)
+            threshold = tl.where(over, threshold + (one << bit), threshold)
     taken = tl.zeros([1], tl.int32)
     equals = tl.zeros([1], tl.int32)
     for first in range(0, size, BLOCK):
@@ -344,3 +353,25 @@ def fold(
     tl.store(x + root[:, None] * x_row + column[None, :], mean.to(x.dtype.element_ty), mask=mask)
     if TOTAL:
         tl.store(total + problem * count_stride + root, weight, mask=ends)
+
+
+@triton.jit(do_not_specialize=["first", "count"])
+def compact(
+    x, keep, first, count, x_stride, x_row,
+    F: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Slots `keep` int32 [N, K], ascending, of x [N, M, F] move to the front, in place: to slots `first` and on.
+
+    A program moves WIDTH of a problem's columns, BLOCK slots at a time. No slot moves backwards (keep[j] >= first + j),
+    so that what it writes has been read: by itself in an earlier step, or in this one, for which all its threads wait.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    x += problem * x_stride + column[None, :]
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        mask = (place < count)[:, None] & (column < F)[None, :]
+        source = tl.load(keep + problem * count + place, mask=place < count, other=0).to(tl.int64)
+        rows = tl.load(x + source[:, None] * x_row, mask=mask, other=0)
+        tl.debug_barrier()
+        tl.store(x + (first + place).to(tl.int64)[:, None] * x_row, rows, mask=mask)

@@ -206,7 +206,7 @@ class TempCache(BudgetedPolicy):
             }
             own = [staged[layer] for layer in layers]
             with torch.cuda.device_of(own[0].k):  # Triton launches on the current device
-                prepared.append(plan(self, layers, self._buffers.part(layers), own, extras, scratch))
+                prepared.append(plan(self, layers, self._buffers.part(layers), own, extras))
         return prepared
 
     # -- a commit ------------------------------------------------------------------------------------------------
