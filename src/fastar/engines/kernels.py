@@ -26,13 +26,13 @@ def unpacked(codes, low, step, row, known, D: tl.constexpr, GROUP: tl.constexpr,
     each = row[:, None] * (D // GROUP) + group[None, :]
     bottom = tl.load(low + each, mask=known[:, None], other=0).to(tl.float32)[:, :, None]
     size = tl.load(step + each, mask=known[:, None], other=0).to(tl.float32)[:, :, None]
+    number = tl.arange(0, GROUP)
     BYTES: tl.constexpr = GROUP * BITS // 8
-    place = each[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :]
+    place = each[:, :, None] * BYTES + (number * BITS // 8)[None, None, :]
     code = tl.load(codes + place, mask=known[:, None, None], other=0)
-    if BITS == 8:
-        x = bottom + size * code.to(tl.float32)
-    else:
-        x = tl.join(bottom + size * (code & 15).to(tl.float32), bottom + size * (code >> 4).to(tl.float32))
+    if BITS == 4:  # each byte is read twice: joining two halves of a row gave wrong numbers on a GPU (Triton 3.6)
+        code = (code >> (number % 2 * 4).to(tl.uint8)[None, None, :]) & 15
+    x = bottom + size * code.to(tl.float32)
     return tl.reshape(x, [K, D])
 
 
