@@ -281,7 +281,7 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
     dense.bind(GEOMETRY.spec(torch.device("cuda")))
     contents = StandIn(GEOMETRY, torch.device("cuda"))
     for _ in range(6):
-        stage(dense, contents.chunk())  # type: ignore[arg-type]
+        stage(dense, contents.chunk())
         dense.commit(dense.next_frame, GEOMETRY.chunk_frames)
     q = dense.view(0).k[:, :, -500:].float()
 
