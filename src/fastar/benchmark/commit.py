@@ -119,15 +119,20 @@ def commit_rows(
 
 
 def stage(policy: CachePolicy, chunk: Staged) -> None:
-    """The same chunk in all layers, where attention would have left it if the policy has room for that."""
-    tokens = chunk.k.shape[2]
+    """The same chunk in all layers."""
     for layer in range(policy.spec.num_layers):
-        k, v, room = chunk.k, chunk.v, policy.room(layer, tokens)
-        if room is not None:
-            k, v = room.k[:, :, -tokens:, : k.shape[-1]], room.v[:, :, -tokens:]
-            k.copy_(chunk.k)
-            v.copy_(chunk.v)
-        policy.stage(layer, Staged(q_raw=chunk.q_raw, k_raw=chunk.k_raw, k=k, v=v, positions=chunk.positions))
+        place(policy, layer, chunk)
+
+
+def place(policy: CachePolicy, layer: int, chunk: Staged) -> None:
+    """Stage a chunk in one layer; where attention would have left it, if the policy has room for that."""
+    tokens, k, v = chunk.k.shape[2], chunk.k, chunk.v
+    room = policy.room(layer, tokens)
+    if room is not None:
+        k, v = room.k[:, :, -tokens:, : k.shape[-1]], room.v[:, :, -tokens:]
+        k.copy_(chunk.k)
+        v.copy_(chunk.v)
+    policy.stage(layer, Staged(q_raw=chunk.q_raw, k_raw=chunk.k_raw, k=k, v=v, positions=chunk.positions))
 
 
 @torch.no_grad()

@@ -215,9 +215,9 @@ def observed(policy: TempCache, staged: Sequence[Staged], extras: dict[str, Tens
     """`extras` with the arriving queries taken into the second moments of all layers."""
     spec = policy.spec
     cosine, sine = (x.float() for x in spec.rope.tables(staged[0].positions))
-    arrived = staged[0].k.shape[2]
-    second = [moments(each.q_raw, turns=(cosine, sine), span=_QUERY_SPAN)[1] for each in staged]
-    moment = pack_moment(torch.cat(second).unflatten(0, (-1, spec.num_heads)) / arrived)
+    queries = [each.q_raw for each in staged]
+    _, second = moments(*queries, turns=(cosine, sine), span=_QUERY_SPAN)
+    moment = pack_moment(second.unflatten(0, (-1, spec.num_heads)) / staged[0].k.shape[2])
     seen = extras["observed"] + 1
     share = (1 / seen).clamp_min(1 / policy.moment_horizon)[:, None].expand(-1, spec.batch).reshape(-1, 1, 1)
     old = extras["moment"]
