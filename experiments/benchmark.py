@@ -1,14 +1,21 @@
-"""How fast attention runs on this machine, engine by engine: a card with the ceiling, a table, one line of JSON.
+"""How fast things run on this machine: a card with the ceiling, tables, one line of JSON.
 
-    python experiments/benchmark.py
+    python experiments/benchmark.py                      # attention engines
+    python experiments/benchmark.py mode=record          # real motion, which the modes below read
+    python experiments/benchmark.py mode=rollout         # methods at their budgets, beside the stock window
 
-conf/benchmark.yaml explains the settings.
+conf/benchmark.yaml explains the settings and the other modes.
 """
+
+import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from fastar.compare.command import clear_errors
+from fastar.compare.command import check_choices, clear_errors
+
+METHODS = Path(__file__).resolve().parent.parent / "conf/method"
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="benchmark")
@@ -21,4 +28,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_choices(sys.argv[1:], METHODS)
     main()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastar.attention.place import place, place_fused, place_plainly
+from fastar.attention.place import Placement
 from fastar.attention.rope import RotaryEmbedding, apply_rotation, grid_positions
 from fastar.engines.augmented import augment_keys, augment_queries
 
@@ -45,8 +45,8 @@ def test_the_kernel_places_what_the_definition_does(
     q, k, v = projections(head_dim, dtype, device)
     turns = tables(head_dim, device, double)
     found, expected = outputs(q, q_width, k_width), outputs(q, q_width, k_width)
-    for method, (q_out, keys, values) in ((place_fused, found), (place_plainly, expected)):
-        method(q, k, v, turns, q_out, keys[:, :, CACHED:], values[:, :, CACHED:])
+    for method, (q_out, keys, values) in ((Placement.fused, found), (Placement.plainly, expected)):
+        method(Placement(q, k, v, turns, q_out, keys[:, :, CACHED:], values[:, :, CACHED:]))
     for ours, definition in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, definition, equal_nan=True)  # what is not the pass's stays as it was
 
@@ -55,7 +55,7 @@ def test_the_definition_is_rotation_and_the_augmented_head(device: torch.device)
     q, k, v = projections(12, torch.float32, device)
     turns = tables(12, device)
     q_out, keys, values = outputs(q, 16, 16)
-    place(q, k, v, turns, q_out, keys[:, :, CACHED:], values[:, :, CACHED:])
+    Placement(q, k, v, turns, q_out, keys[:, :, CACHED:], values[:, :, CACHED:]).run()
     torch.testing.assert_close(q_out, augment_queries(apply_rotation(q, turns), 16))
     no_count = torch.zeros(k.shape[:3], device=device)
     torch.testing.assert_close(keys[:, :, CACHED:], augment_keys(apply_rotation(k, turns), no_count, 16))
@@ -67,10 +67,10 @@ def test_what_does_not_fit_is_refused() -> None:
     turns = tables(12, q.device)
     q_out, keys, values = (torch.empty(*q.shape[:3], width) for width in (16, 16, 12))
     with pytest.raises(ValueError, match="of one shape"):
-        place(q, k[:, :, 1:], v, turns, q_out, keys, values)
+        Placement(q, k[:, :, 1:], v, turns, q_out, keys, values)
     with pytest.raises(ValueError, match="tables"):
-        place(q, k, v, (turns[0][1:], turns[1]), q_out, keys, values)
+        Placement(q, k, v, (turns[0][1:], turns[1]), q_out, keys, values)
     with pytest.raises(ValueError, match="12 or at least 14 wide"):
-        place(q, k, v, turns, q_out, keys[..., :13], values)
+        Placement(q, k, v, turns, q_out, keys[..., :13], values)
     with pytest.raises(ValueError, match="last stride"):
-        place(q, k, v, turns, q_out, torch.empty(2, 3, 16, TOKENS).transpose(2, 3), values)
+        Placement(q, k, v, turns, q_out, torch.empty(2, 3, 16, TOKENS).transpose(2, 3), values)

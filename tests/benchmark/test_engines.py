@@ -52,7 +52,7 @@ def test_an_engine_that_ignores_an_argument_shows(ignored: str, monkeypatch: pyt
     original = engines.get
     wrong = engines.Engine(name="wrong", run=careless)
     monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
-    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, *_: name)
     touched = "biased" if ignored == "log_count" else "sparse"
     for row in rows(["wrong"], kept=False):
         assert (row["error"] > 0.05) == (touched in row["kind"]), row["kind"]
@@ -66,9 +66,17 @@ def test_an_engine_that_takes_the_scale_of_the_wider_head_shows(monkeypatch: pyt
 
     original, wrong = engines.get, engines.Engine(name="wrong", run=careless)
     monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
-    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, *_: name)
     for row in rows(["wrong"]):
         assert (row["error"] > 0.03) == ("biased" in row["kind"]), row["kind"]
+
+
+def test_slots_that_are_read_packed() -> None:
+    options = {"device": CPU, "dtype": torch.float32, "repeats": 1, "packed_bits": [8, 4]}
+    found = list(benchmark([], [80], [], SMALL, **options))
+    assert [row["engine"] for row in found] == ["packed int8", "packed int4"]
+    for row in found:
+        assert row["kind"] == "biased" and row["reason"] is None and row["error"] < 1e-5
 
 
 def test_what_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +85,7 @@ def test_what_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatc
 
     original, broken = engines.get, engines.Engine(name="broken", run=fails, takes_plan=False)
     monkeypatch.setattr("fastar.engines.get", lambda name: broken if name == "broken" else original(name))
-    monkeypatch.setattr("fastar.engines.resolve", lambda name, device: name)
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, *_: name)
     reasons = [row["reason"] for row in rows(["broken"])]
     assert reasons == ["out of memory"] * 2 + ["it takes no block plan"] * 2
     assert all(row["ms"] is None and row["of_dense"] is None for row in rows(["broken"]))
@@ -95,13 +103,16 @@ def test_the_command_writes_what_it_prints(
     small = ["queries=32", "head_dim=16", "block_q=16", "block_k=16"]
     overrides = [
         "keys_per_call=[64]", "densities=[0.5]", "dtype=float32", "matmul_size=64", "repeats=2", "engines=[sdpa]",
-        "device=cpu", f"output={tmp_path}", *(f"geometry.{setting}" for setting in small),
+        "packed_bits=[4]", "device=cpu", f"output={tmp_path}", *(f"geometry.{setting}" for setting in small),
     ]  # fmt: skip
     result = run(composed("benchmark", *overrides))
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last == json.loads(json.dumps({"card": result["card"], "rows": result["rows"]}))
     assert json.loads((tmp_path / "engines.json").read_text())["rows"] == last["rows"]
-    assert last["card"]["matmul_tflops"] > 0 and {row["engine"] for row in last["rows"]} == {"sdpa"}
+    assert last["card"]["matmul_tflops"] > 0 and {row["engine"] for row in last["rows"]} == {
+        "sdpa",
+        "packed int4",
+    }
     with pytest.raises(ValueError, match="unknown attention engine 'fast': choose one of auto"):
         run(composed("benchmark", *overrides, "engines=[fast]"))
     with pytest.raises(ValueError, match="unknown dtype 'float8': choose one of"):

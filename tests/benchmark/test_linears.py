@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastar.attention.context import Stream
+from fastar.attention.context import Attend, Stream
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.fused import Execution, fuse
-from fastar.benchmark.elementwise import benchmark_elementwise
-from fastar.benchmark.linears import benchmark, products, velocity_error
+from fastar.backbones.wan.linears import Linears, multiplies_fp8
+from fastar.benchmark.elementwise import kernels_of, timed_kernels
+from fastar.benchmark.linears import attention_flops, benchmark, products, velocity_error
 
 pytest.importorskip("triton")
 
@@ -33,23 +34,41 @@ def no_attention(stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) ->
     return q + 1
 
 
-def given(model: CausalWanTransformer, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"latents": torch.randn(1, FRAMES, 16, 4, 6, dtype=dtype)}
-    sizes["timesteps"] = 1000 * torch.rand(1, FRAMES)
-    if model.config.text_dim is not None:
-        with torch.inference_mode():
-            sizes["text"] = model.project_text(torch.randn(1, 8, 16, dtype=dtype))
-    return sizes
+def given(config: WanConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What a pass takes beside attention."""
+    inputs = {
+        "latents": torch.randn(1, FRAMES, 16, 4, 6, dtype=dtype),
+        "timesteps": 1000 * torch.rand(1, FRAMES),
+    }
+    if config.text_dim is not None:
+        inputs["text"] = torch.randn(1, 8, config.text_dim, dtype=dtype)
+    return inputs
+
+
+def counted_flops(model: CausalWanTransformer, inputs: dict[str, Any], attend: Attend) -> int:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(**inputs, attend=attend)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("config", [TINY, replace(TINY, text_dim=None, text_len=None)])
 def test_products_are_those_of_a_pass(config: WanConfig) -> None:
     model = CausalWanTransformer(config)
-    inputs = given(model)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(**inputs, attend=no_attention)
+    inputs = given(config)
+    if "text" in inputs:
+        with torch.inference_mode():
+            inputs["text"] = model.project_text(inputs["text"])
     listed = products(config, batch=1, frames=FRAMES, tokens_per_frame=GRID[0] * GRID[1])
-    assert sum(product.flops for product in listed) == counter.get_total_flops()
+    assert sum(product.flops for product in listed) == counted_flops(model, inputs, no_attention)
+
+
+def test_attention_counts_both_its_products() -> None:
+    def attend(stream: Stream, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(2, 3)).softmax(-1) @ v
+
+    model, inputs, tokens = CausalWanTransformer(TINY), given(TINY), FRAMES * GRID[0] * GRID[1]
+    found = counted_flops(model, inputs, attend) - counted_flops(model, inputs, no_attention)
+    assert found == attention_flops(TINY, queries=tokens, keys=tokens, prompt=8)
 
 
 def test_products_and_passes_are_timed() -> None:
@@ -68,12 +87,12 @@ def test_products_and_passes_are_timed() -> None:
 
 
 def test_kernels_are_timed(device: torch.device) -> None:
-    rows = list(
-        benchmark_elementwise(
-            TINY, frames=1, grid=GRID, key_width=32, device=device, dtype=torch.bfloat16, repeats=1
-        )
-    )
-    assert len(rows) == 8 and all(row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows)
+    linears = Linears.FP8 if device.type == "cpu" or multiplies_fp8(device) else Linears.MODEL
+    sizes = {"frames": 1, "grid": GRID, "key_width": 32, "linears": linears, "dtype": torch.bfloat16}
+    kernels = kernels_of(TINY, **sizes, device=device)  # type: ignore[arg-type]
+    rows = list(timed_kernels(kernels, device=device, repeats=1))
+    assert len(rows) == 6 + 2 * (linears == Linears.FP8)
+    assert all(row["ms_pass"] == row["calls"] * row["ms"] > 0 for row in rows)
     calls = {row["what"]: row["calls"] for row in rows}
     assert calls["residual and norm"] == 6 and calls["place, 32 wide"] == 2
 
@@ -82,7 +101,7 @@ def test_kernels_are_timed(device: torch.device) -> None:
 def test_captured_products_and_passes_are_timed() -> None:
     config = replace(TINY, dim=1536, num_heads=12, ffn_dim=8960)
     executions = [Execution(), Execution(fused=True)]
-    if torch.cuda.get_device_capability() >= (8, 9):
+    if multiplies_fp8(torch.device("cuda")):
         executions.append(Execution(fused=True, linears="fp8"))  # type: ignore[arg-type]
     rows = list(
         benchmark(
@@ -98,16 +117,14 @@ def test_velocity_error_is_that_of_8_bits(device: torch.device, monkeypatch: pyt
     """An untrained model's is some hundredths; the transformer is left eager, and its weights as they were."""
     if device.type == "cpu":  # which multiplies 8 bits, too, slowly
         monkeypatch.setattr("fastar.backbones.wan.fused.check_fp8", lambda transformer: None)
-    elif torch.cuda.get_device_capability() < (8, 9):
+    elif not multiplies_fp8(device):
         pytest.skip("no 8-bit products on this GPU")
     model = CausalWanTransformer(TINY)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model = model.to(device, torch.bfloat16)
-    inputs = given(CausalWanTransformer(TINY).to(torch.bfloat16), torch.bfloat16)
-    inputs["text"] = torch.randn(1, 8, 16, dtype=torch.bfloat16)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = {name: value.to(device) for name, value in given(TINY, torch.bfloat16).items()}
 
     def forward() -> Tensor:
         return model(**inputs, attend=no_attention)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastar.engines.augmented import EMPTY, augment_keys, augment_queries, augmented_width
+from fastar.engines.augmented import EMPTY, augment_keys, augment_queries, augmented_width, write_log_counts
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,10 @@ def test_padding_is_zero_and_inputs_are_left_alone() -> None:
     q = torch.ones(3, 6)
     extended = augment_queries(q, 16)
     assert extended[:, :8].eq(1).all() and extended[:, 8:].eq(0).all() and q.shape == (3, 6)
+
+
+def test_log_counts_are_exchanged_in_place() -> None:
+    k, counts = torch.randn(2, 5, 6), torch.tensor([1.0, 2.0, 700.0, 3.0, 1.0]).log().expand(2, 5)
+    kept = augment_keys(k, torch.zeros(2, 5), 16)
+    write_log_counts(kept, counts, 6)
+    assert torch.equal(kept, augment_keys(k, counts, 16))

@@ -165,13 +165,6 @@ def test_a_host_bound_on_the_blocks_changes_nothing(draw: Draw) -> None:
     torch.testing.assert_close(bounded, counted, rtol=1e-6, atol=1e-6)
 
 
-def test_auto_is_resolved_by_device() -> None:
-    assert engines.resolve("auto", "cpu") == "sdpa"
-    assert engines.resolve("auto", "cuda") == "sdpa"
-    assert engines.resolve("auto", "meta") == "reference"
-    assert engines.EngineChoice(name="flex").resolve("cpu") == "flex"
-
-
 def test_unknown_engine_lists_the_choices() -> None:
     with pytest.raises(
         ValueError, match="choose one of auto, augmented, cudnn, fa4, flashinfer, flex, reference, sdpa"

@@ -163,6 +163,18 @@ def test_keys_kept_augmented_are_handed_over_as_they_lie(draw: Draw, monkeypatch
     assert [x.data_ptr() for x in seen] == [buffer.data_ptr(), v.data_ptr()] * 2
 
 
+def test_query_blocks_that_read_empty_slots_alone_get_zeros(draw: Draw) -> None:
+    """The kernel would give them the mean of the empty slots."""
+    q, k, v = draw.normal(2, 3, 150, 16), draw.normal(2, 3, 133, 16), draw.normal(2, 3, 133, 24)
+    plan = draw.plan(2, 3, 150, 133, 64, 16)
+    plan.block_mask[0, 0, 1] = torch.tensor([True] * 4 + [False] * 5)
+    log_count = torch.zeros(2, 3, 133).scatter_(2, plan.key_index[..., :64], -torch.inf)
+    out, _ = FA4.run(engines.AttentionCall(q, k, v, log_count, plan, False))
+    expected, _ = engines.attend(q, k, v, log_count=log_count, plan=plan, engine="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert (expected[0, 0].gather(0, plan.query_index[0, 0, 64:128, None].expand(-1, 24)) == 0).all()
+
+
 def test_limits(draw: Draw) -> None:
     def reason(
         block_q: int, block_k: int, *, dims: tuple[int, int] = (16, 16), tags: bool = False

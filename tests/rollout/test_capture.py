@@ -62,8 +62,8 @@ def rollout_of(backbone: Backbone, policy: Callable[[], CachePolicy], *, capture
     generator = torch.Generator().manual_seed(3)
     words = Prompts(torch.randn(1, 5, 48, generator=generator), lengths=torch.tensor([5]))
     return start_rollout(
-        backbone, Method(name="x", cache=policy), loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7], prompts=words,
-        capture=capture,
+        backbone, Method(name="x", cache=policy), loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7],
+        prompts=words, capture=capture,
     )  # fmt: skip
 
 

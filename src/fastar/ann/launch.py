@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Excluded, Metric
+from fastar.interpreter import interpreted
 
 Precision = Literal["ieee", "tf32x3", "tf32", "bfloat16"]
 _WAVES = 2  # programs wanted for every multiprocessor before keys are no longer split
@@ -232,13 +233,6 @@ def kernels() -> Any:
     from fastar.ann import kernels as module
 
     return module
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, as it does on any machine if TRITON_INTERPRET=1."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def check_triton() -> None:

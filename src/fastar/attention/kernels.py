@@ -48,7 +48,7 @@ def place(
     D: tl.constexpr, BLOCK: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, ROWS: tl.constexpr,
     Q_TAIL: tl.constexpr, K_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """`fastar.attention.place.place` of ROWS tokens of one head; numbers named after a tensor are its strides."""
+    """`fastar.attention.place.Placement` of ROWS tokens of one head; numbers named after a tensor are its strides."""
     batch = (tl.program_id(1) // H).to(tl.int64)
     head = (tl.program_id(1) % H).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,70 +13,76 @@ from fastar.engines.augmented import EXTRA
 _ROWS = 16  # tokens of a head a program
 
 
-def place(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: tuple[Tensor, Tensor],
-    q_out: Tensor,
-    k_out: Tensor,
-    v_out: Tensor,
-) -> None:
-    """Write q and k [B, H, L, D] turned by `tables` into q_out and k_out, and v as it is into v_out.
+@dataclass(frozen=True)
+class Placement:
+    """Queries and keys [B, H, L, D] to be turned by `tables` and written to q_out and k_out; v goes to v_out as it is.
 
     Inputs are views with any strides, `tables` a cosine and a sine [L, D/2] (`RotaryEmbedding.tables`). Outputs
     [B, H, L, W] are views, too, such as a stretch of the working keys, with numbers of a row side by side. Where W
     exceeds D, the rest is the augmented head's (`fastar.engines.augmented`): of a query two ones, then zeros; of a key
-    zeros, a log-count of 0. W may differ between q_out and k_out; v_out has D. On a GPU it is one kernel, elsewhere
-    plain PyTorch.
+    zeros, a log-count of 0. W may differ between q_out and k_out; v_out has D.
 
     Raises:
         ValueError: shapes do not fit, or an output's rows are not contiguous.
     """
-    _check(q, k, v, tables, q_out, k_out, v_out)
-    if q.device.type == "cuda":
-        place_fused(q, k, v, tables, q_out, k_out, v_out)
-    else:
-        place_plainly(q, k, v, tables, q_out, k_out, v_out)
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: tuple[Tensor, Tensor]
+    q_out: Tensor
+    k_out: Tensor
+    v_out: Tensor
 
-def place_plainly(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: tuple[Tensor, Tensor],
-    q_out: Tensor,
-    k_out: Tensor,
-    v_out: Tensor,
-) -> None:
-    """The definition of `place`."""
-    width = q.shape[-1]
-    q_out[..., :width] = apply_rotation(q, tables)
-    k_out[..., :width] = apply_rotation(k, tables)
-    v_out.copy_(v)
-    q_out[..., width : width + EXTRA].fill_(1)
-    q_out[..., width + EXTRA :].zero_()
-    k_out[..., width:].zero_()
+    def __post_init__(self) -> None:
+        shape, width = self.q.shape, self.q.shape[-1]
+        alike, wide = (self.k, self.v, self.v_out), {"q_out": self.q_out, "k_out": self.k_out}
+        tables = [t.shape for t in self.tables]
+        if any(x.shape != shape for x in alike) or any(t != (shape[2], width // 2) for t in tables):
+            shapes = ", ".join(str(tuple(s)) for s in (shape, *(x.shape for x in alike), *tables))
+            raise ValueError(
+                "a placement needs q, k, v and v_out of one shape [B, H, L, D] and two tables [L, D/2], got "
+                f"{shapes}."
+            )
+        for name, out in wide.items():
+            if out.shape[:3] != shape[:3] or not (out.shape[3] == width or out.shape[3] >= width + EXTRA):
+                raise ValueError(
+                    f"{name} must be {tuple(shape[:3])} and {width} or at least {width + EXTRA} wide, got "
+                    f"{tuple(out.shape)}."
+                )
+        if any(out.stride(-1) != 1 for out in (*wide.values(), self.v_out)):
+            raise ValueError(
+                "a placement writes rows side by side: the last stride of each output must be 1."
+            )
 
+    def run(self) -> None:
+        """On a GPU in one kernel, elsewhere plainly."""
+        if self.q.device.type == "cuda":
+            self.fused()
+        else:
+            self.plainly()
 
-def place_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: tuple[Tensor, Tensor],
-    q_out: Tensor,
-    k_out: Tensor,
-    v_out: Tensor,
-) -> None:
-    """`place` by the kernel, on a GPU or in Triton's interpreter."""
-    batch, heads, length, width = q.shape
-    cos, sin = (table.contiguous() for table in tables)
-    strides = [stride for x in (q, k, v) for stride in x.stride()]
-    strides += [stride for x in (q_out, k_out, v_out) for stride in x.stride()[:3]]
-    _kernels().place[(-(-length // _ROWS), batch * heads)](
-        q, k, v, cos, sin, q_out, k_out, v_out, heads, length, *strides,
-        **tile(width, q_out.shape[-1], k_out.shape[-1]),
-    )  # fmt: skip
+    def plainly(self) -> None:
+        """The definition."""
+        width = self.q.shape[-1]
+        self.q_out[..., :width] = apply_rotation(self.q, self.tables)
+        self.k_out[..., :width] = apply_rotation(self.k, self.tables)
+        self.v_out.copy_(self.v)
+        self.q_out[..., width : width + EXTRA].fill_(1)
+        self.q_out[..., width + EXTRA :].zero_()
+        self.k_out[..., width:].zero_()
+
+    def fused(self) -> None:
+        """In one kernel, on a GPU or in Triton's interpreter."""
+        batch, heads, length, width = self.q.shape
+        cos, sin = (table.contiguous() for table in self.tables)
+        outs = (self.q_out, self.k_out, self.v_out)
+        strides = [stride for x in (self.q, self.k, self.v) for stride in x.stride()]
+        strides += [stride for x in outs for stride in x.stride()[:3]]
+        _kernels().place[(-(-length // _ROWS), batch * heads)](
+            self.q, self.k, self.v, cos, sin, *outs, heads, length, *strides,
+            **tile(width, self.q_out.shape[-1], self.k_out.shape[-1]),
+        )  # fmt: skip
 
 
 def tile(width: int, q_width: int, k_width: int) -> dict[str, int]:
@@ -83,33 +90,6 @@ def tile(width: int, q_width: int, k_width: int) -> dict[str, int]:
     tails = (_power_of_two(wide - width) for wide in (q_width, k_width))
     sizes = {"D": width, "Q_WIDTH": q_width, "K_WIDTH": k_width, "BLOCK": _power_of_two(width), "ROWS": _ROWS}
     return sizes | dict(zip(("Q_TAIL", "K_TAIL"), tails, strict=True))
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: tuple[Tensor, Tensor],
-    q_out: Tensor,
-    k_out: Tensor,
-    v_out: Tensor,
-) -> None:
-    shape, width = q.shape, q.shape[-1]
-    if not shape == k.shape == v.shape == v_out.shape or any(
-        table.shape != (shape[2], width // 2) for table in tables
-    ):
-        raise ValueError(
-            f"place needs q, k, v and v_out of one shape [B, H, L, D] and tables [L, D/2], got {tuple(shape)}, "
-            f"{tuple(k.shape)}, {tuple(v.shape)}, {tuple(v_out.shape)} and {[tuple(t.shape) for t in tables]}."
-        )
-    for name, out in (("q_out", q_out), ("k_out", k_out)):
-        if out.shape[:3] != shape[:3] or 0 < out.shape[3] - width < EXTRA or out.shape[3] < width:
-            raise ValueError(
-                f"{name} must be {tuple(shape[:3])} and {width} or at least {width + EXTRA} wide, got "
-                f"{tuple(out.shape)}."
-            )
-    if any(out.stride(-1) != 1 for out in (q_out, k_out, v_out)):
-        raise ValueError("place writes rows side by side: the last stride of each output must be 1.")
 
 
 def _power_of_two(count: int) -> int:

@@ -16,7 +16,7 @@ from fastar import engines
 from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
-from fastar.attention.place import place
+from fastar.attention.place import Placement
 from fastar.attention.places import PlaceMemory, Places
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
@@ -35,7 +35,8 @@ class AttentionState:
         cache: policy that keeps the past of the self stream; bound here, so one instance serves one rollout.
         self_selector: which pairs of the self stream are computed.
         cross_selector: which text tokens are kept.
-        engine: name of an attention engine, or `auto` (chosen once, see `self.engine`).
+        engine: name of an attention engine, or `auto` (chosen once, see `self.engine`; `self.passed_over` says why not
+            one that is known to be faster).
         rope, grid: the backbone's rotary embedding and tokens per frame (rows, columns).
         num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the calls to come.
         recorders: see every attention call.
@@ -64,7 +65,12 @@ class AttentionState:
         self.cache, self.self_selector, self.cross_selector = cache, self_selector, cross_selector
         self.text = TextStream(cross_selector)
         self.tags = tags_for(self_selector, cross_selector, grid)
-        self.engine = engines.resolve(engine, device)
+        calls = engines.example_call(
+            dtype=compute_dtype, head_dim=head_dim, device=device,
+            blocks=self_selector.blocks, tags=self_selector.tags_in_blocks,
+        )  # fmt: skip
+        self.engine = engines.resolve(engine, device, calls)
+        self.passed_over = engines.choose(device, calls)[1] if engine == "auto" else {}
         self.rope, self.grid, self.recorders = rope, grid, list(recorders)
         self.actions = actions
         if self.tags is not None:
@@ -72,7 +78,7 @@ class AttentionState:
         self.context: PassContext | None = None
         self.places = PlaceMemory(rope, grid, device)
         self._here: Places | None = None  # of the pass
-        key_width = engines.key_width(self.engine, head_dim) if cache.counts_tokens else head_dim
+        key_width = engines.key_width(self.engine, head_dim, device) if cache.counts_tokens else head_dim
         self._memory = WorkingMemory(cache, key_width)
         self.device = device
         if not self.cache.is_bound:  # a follower of a `TeeCache` is bound, and filled, by its leader
@@ -241,7 +247,7 @@ class AttentionState:
         working = self._memory.of(layer, k_raw)
         q = q_raw.new_empty(*q_raw.shape[:3], working.k.shape[3])
         current_k, current_v = (x[:, :, working.cached :] for x in (working.k, working.v))
-        place(q_raw, k_raw, v, self._require_places().turns, q, current_k, current_v)
+        Placement(q_raw, k_raw, v, self._require_places().turns, q, current_k, current_v).run()
         if context.commits:
             current_k = current_k[..., : working.head_dim]
             self.cache.stage(

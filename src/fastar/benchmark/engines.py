@@ -6,16 +6,21 @@ is said about quality.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor
 
 from fastar import engines
-from fastar.benchmark.timing import timed
+from fastar.benchmark.page import Page, Rows
+from fastar.benchmark.timing import matmul_flops, timed
+from fastar.cache.slots import SlotFormat
 from fastar.engines.augmented import augment_keys, augment_queries
+from fastar.engines.packed import Packed, attend_packed
 from fastar.engines.plan import BlockPlan
 
 CHECKED = 128  # queries whose output is held against the reference engine
@@ -62,6 +67,7 @@ def benchmark(
     repeats: int = 7,
     seed: int = 0,
     kept: bool = True,
+    packed_bits: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows engine, kind, keys, density, ms, ms_low, ms_high (quartiles), tflops, of_dense, of_best, error, reason.
 
@@ -72,6 +78,10 @@ def benchmark(
     kept: keys are as a rollout keeps them between passes, so that no copy of them is timed: log-counts in the keys, at
     the engine's own width, and keys in the order of the plan. The queries of a plan are put in order in each call.
 
+    packed_bits: also attention over slots of so many bits (`fastar.engines.packed`), as engine `packed int8` and so on:
+    biased calls whose last keys, as many as queries, are a current chunk that is not packed. Their error is that of the
+    kernel, not that of rounding to so few bits.
+
     Raises:
         ValueError: an engine is unknown.
     """
@@ -79,6 +89,8 @@ def benchmark(
         inputs = _Inputs(geometry, count, device, dtype, seed, kept)
         calls = [(case, inputs.of(case)) for case in cases(densities)]
         rows = [_row(name, case, call, geometry, repeats, kept) for case, call in calls for name in names]
+        biased = Case(1.0, biased=True)
+        rows += [_packed_row(bits, biased, inputs.of(biased), geometry, repeats) for bits in packed_bits]
         dense = {row["engine"]: row["tflops"] for row in rows if row["kind"] == "dense" and row["tflops"]}
         for row in rows:
             baselines = {"of_dense": dense.get(row["engine"]), "of_best": max(dense.values(), default=None)}
@@ -165,7 +177,38 @@ class _Inputs:
 
 def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int, kept: bool) -> dict[str, Any]:
     made = call.kept_for(name) if kept else call
-    reason = made.unfit(name)
+    return _measured(name, case, call, lambda: made.run(name), geometry, repeats, made.unfit(name))
+
+
+def _packed_row(bits: int, case: Case, call: _Call, geometry: Geometry, repeats: int) -> dict[str, Any]:
+    current = min(geometry.queries, call.k.shape[2] // 2)
+    form = SlotFormat(bits, group=min(64, geometry.head_dim))
+    slots, unpacked = [], []
+    for x in (call.k, call.v):
+        fields = form.pack("x", x[:, :, :-current])
+        slots.append(Packed(*fields.values()))
+        unpacked.append(torch.cat([form.unpack("x", fields, x.dtype), x[:, :, -current:]], dim=2))
+    k, v = (x[:, :, -current:] for x in (call.k, call.v))
+    assert call.log_count is not None
+    log_count = call.log_count.clone()
+    log_count[..., -current:] = 0
+    past = log_count[..., :-current].contiguous()
+    return _measured(
+        f"packed int{bits}", case, replace(call, k=unpacked[0], v=unpacked[1], log_count=log_count),
+        lambda: attend_packed(call.q, slots[0], slots[1], k, v, log_count=past)[0], geometry, repeats, None,
+    )  # fmt: skip
+
+
+def _measured(
+    name: str,
+    case: Case,
+    call: _Call,
+    run: Callable[[], Tensor],
+    geometry: Geometry,
+    repeats: int,
+    reason: str | None,
+) -> dict[str, Any]:
+    """The row of `run`, which executes `call`."""
     density = 1.0 if call.plan is None else float(call.plan.density().mean())
     row: dict[str, Any] = {
         "engine": name, "kind": case.kind, "keys": call.k.shape[2], "density": density,
@@ -174,9 +217,9 @@ def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int, k
     if reason is not None:
         return row
     try:
-        time = timed(lambda: made.run(name), device=call.q.device, repeats=repeats)
-        distance = _error(call, made.run(name), geometry.block_q)
-    except RuntimeError as error:  # out of memory, or a kernel that its limits do not describe
+        time = timed(run, device=call.q.device, repeats=repeats)
+        distance = _error(call, run(), geometry.block_q)
+    except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that its limits do not describe
         return row | {"reason": str(error).split("\n")[0]}
     pairs = call.q.shape[0] * call.q.shape[1] * call.q.shape[2] * call.k.shape[2] * density
     return row | {
@@ -206,3 +249,51 @@ def _error(call: _Call, out: Tensor, block_q: int) -> float:
     )
     found = out.gather(2, rows).float()
     return float((found - expected).norm() / expected.norm())
+
+
+def run_engines(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
+    """The mode `engines`.
+
+    Raises:
+        ValueError: an unknown engine.
+    """
+    names = list(config.engines) if config.engines is not None else engines.names()
+    for name in names:
+        engines.get(name)  # unknown ones are told of before minutes of measuring
+    geometry = instantiate(config.geometry)
+    peak = matmul_flops(page.device, page.dtype, size=config.matmul_size, repeats=config.repeats) / 1e12
+    page.card(
+        {"matmul_tflops": peak, "geometry": geometry.__dict__, "kept": config.kept},
+        f"products of {config.matmul_size} x {config.matmul_size} matrices run at {peak:.3g} TFLOP/s, the ceiling. "
+        f"{geometry}",
+    )
+    rows = list(
+        benchmark(
+            names, list(config.keys_per_call), list(config.densities), geometry,
+            device=page.device, dtype=page.dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
+            packed_bits=list(config.packed_bits),
+        )
+    )  # fmt: skip
+    for row in rows:
+        row["ceiling_share"] = None if row["tflops"] is None else row["tflops"] / peak
+    page.show([_text(row) for row in rows], "attention engines: median of the repeats")
+    return rows, {}
+
+
+def _text(row: dict[str, Any]) -> dict[str, str]:
+    named = {
+        "engine": row["engine"],
+        "call": row["kind"],
+        "keys": f"{row['keys']:,}",
+        "density": f"{row['density']:.2f}",
+    }
+    if row["reason"] is not None:
+        return named | {"ms": "–", "note": str(row["reason"])}
+    return named | {
+        "ms": f"{row['ms']:.3g} [{row['ms_low']:.3g}, {row['ms_high']:.3g}]",
+        "TFLOP/s": f"{row['tflops']:.3g}",
+        "of ceiling": f"{row['ceiling_share']:.0%}",
+        "of own dense": f"{row['of_dense']:.2f}" if row["of_dense"] else "–",
+        "of best dense": f"{row['of_best']:.2f}" if row["of_best"] else "–",
+        "error": f"{row['error']:.1e}",
+    }

@@ -1,7 +1,8 @@
 """The products of a Wan pass alone, the pass around them without its attention, and what 8-bit products cost.
 
-A pass can hardly take less than its products at the rate found here and its attention at the engine's; what the second
-half adds to the first is elementwise work and, uncaptured, launches. Weights are random, which no time depends on.
+A pass can hardly take less than its products at the rate found here and its attention (`attention_flops`) at the
+engine's. What passes without attention add to the products is elementwise work and, uncaptured, launches. Weights are
+random, which no time depends on.
 
     python -m fastar.benchmark.linears conf/backbone/wan_1_3b.yaml
 """
@@ -27,7 +28,7 @@ from fastar.backbones.wan.fused import Execution
 from fastar.backbones.wan.launch import quantise
 from fastar.backbones.wan.linears import Fp8Linear, Linear, Linears
 from fastar.backbones.wan.transformer import CausalWanTransformer
-from fastar.benchmark.elementwise import benchmark_elementwise
+from fastar.benchmark.elementwise import kernels_of, timed_kernels
 from fastar.benchmark.timing import timed
 from fastar.compare.command import wide_console
 from fastar.engines.augmented import augmented_width
@@ -67,6 +68,11 @@ def products(config: WanConfig, *, batch: int, frames: int, tokens_per_frame: in
         *(Product(name, rows, inputs, outputs, layers, True) for name, inputs, outputs in block),
         Product("head", rows, dim, patch * config.out_channels),
     ]
+
+
+def attention_flops(config: WanConfig, *, queries: int, keys: int, prompt: int = 0) -> int:
+    """Of a pass's dense attention in all layers: `queries` to `keys`, the own ones counted, and to `prompt` tokens."""
+    return 4 * config.num_layers * config.dim * queries * (keys + prompt)
 
 
 def benchmark(
@@ -207,15 +213,18 @@ def main() -> None:
     config = replace(instantiate(backbone.transformer), numerics=given.numerics)
     token = 8 * config.patch  # pixels: Wan's autoencoder makes one latent of 8 x 8
     height, width = (pixels // token for pixels in backbone.frame_size)
-    options: dict[str, Any] = {
-        "frames": backbone.chunk_frames, "grid": (height, width), "device": device, "dtype": torch.bfloat16,
-        "repeats": given.repeats,
-    }  # fmt: skip
     executions = [Execution(), Execution(fused=True)]
     if given.fp8:
         executions.append(Execution(fused=True, linears=Linears.FP8))
-    rows = list(benchmark(config, executions=executions, **options))
-    kernels = list(benchmark_elementwise(config, key_width=augmented_width(config.head_dim, 16), **options))
+    sizes: dict[str, Any] = {
+        "frames": backbone.chunk_frames,
+        "grid": (height, width),
+        "dtype": torch.bfloat16,
+    }
+    timing: dict[str, Any] = {"device": device, "repeats": given.repeats}
+    rows = list(benchmark(config, executions=executions, **sizes, **timing))
+    sizes |= {"key_width": augmented_width(config.head_dim, 16), "linears": executions[-1].linears}
+    kernels = list(timed_kernels(kernels_of(config, **sizes, device=device), **timing))
     card = {"config": given.backbone, "device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
         card["device"] = torch.cuda.get_device_name(device)

@@ -64,6 +64,7 @@ class Change:
         rows: fields [B or 1, H or 1, R, ...].
         whole: fields of all slots that stay, already without those left out.
         arrivals_stay: whether none of the arrivals is left out or written.
+        drop: in place of `keep`, so many slots from `first` on leave.
     """
 
     slots: Joined
@@ -73,11 +74,12 @@ class Change:
     rows: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     arrivals_stay: bool = True
+    drop: int = 0
 
     @property
     def size(self) -> int:
         """Slots that stay."""
-        return self.slots.size if self.keep is None else self.first + self.keep.shape[2]
+        return self.slots.size - self.drop if self.keep is None else self.first + self.keep.shape[2]
 
     def done(self) -> Slots:
         """The slots that stay, copied."""
@@ -93,8 +95,17 @@ class Change:
                 )
             if self.keep is not None:
                 tensor = torch.cat([tensor[:, :, : self.first], take(tensor, self.keep)], 2)
+            elif self.drop:
+                tensor = torch.cat([tensor[:, :, : self.first], tensor[:, :, self.first + self.drop :]], 2)
             fields[name] = tensor
         return Slots(fields)
+
+
+def drop_oldest(slots: Joined, sink: int, capacity: int, arrived: int) -> Change:
+    """Keep the first `sink` slots and the newest ones, `capacity` in all."""
+    surplus = max(0, slots.size - capacity)
+    stay = arrived <= capacity - sink and surplus <= slots.old.size - min(sink, slots.old.size)
+    return Change(slots, first=min(sink, slots.size), drop=surplus, arrivals_stay=stay)
 
 
 class Scratch:
@@ -131,7 +142,7 @@ class Edit:
     """
 
     def __init__(self, change: Change, buffer: Slots, scratch: Scratch) -> None:
-        assert change.arrivals_stay and change.size <= buffer.size
+        assert change.arrivals_stay and change.size <= buffer.size and not (change.drop and change.rows)
         self.size, self._change, self._scratch = change.size, change, scratch
         self._places: dict[str, Tensor] = {}  # by field: rows that are written
         self._moves: dict[str, list[_Move]] = {}  # by field: what moves, in order
@@ -170,6 +181,13 @@ class Edit:
             part = source[:, :, start : start + step]
             yield _Move(first + start, first + start + part.shape[2], part.flatten())
 
+    def _shift(self, tensor: Tensor) -> None:
+        """Close the gap that dropped slots leave, a stretch of its length at a time: none overlaps where it goes."""
+        first, drop, stop = self._change.first, self._change.drop, self._change.slots.old.size
+        for start in range(first + drop, stop, drop):
+            end = min(start + drop, stop)
+            tensor[:, :, start - drop : end - drop] = tensor[:, :, start:end]
+
     def apply(self, buffer: Slots) -> None:
         """Do it, in place."""
         change = self._change
@@ -183,6 +201,9 @@ class Edit:
                 torch.index_select(rows, 0, move.source, out=passing)
                 target = tensor[:, :, move.start : move.stop]
                 target.copy_(passing.view(target.shape))
+        for name, tensor in buffer.fields.items():
+            if change.drop and name not in change.whole:
+                self._shift(tensor)
         for name, tensor in change.whole.items():
             buffer[name][:, :, : self.size] = tensor
         Slots({name: buffer[name] for name in self._new.fields}).write(self.size - self._new.size, self._new)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext
 from fastar.cache.base import CacheSpec, CacheView, Room, Staged
+from fastar.cache.change import Change, Joined, drop_oldest
 from fastar.cache.policy import SlotOptions, SlotPolicy
-from fastar.cache.slots import Slots
 
 
 class StockWindow(SlotPolicy):
@@ -67,13 +67,9 @@ class StockWindow(SlotPolicy):
         return self.capacity_slots() - self._slots(self.sink_frames)
 
     def absorb(
-        self, layer: int, slots: Slots, arrived: int, staged: Staged, extras: dict[str, Tensor]
-    ) -> Slots:
-        capacity, sink = self.capacity_slots(), self._slots(self.sink_frames)
-        if slots.size <= capacity:
-            return slots
-        newest = slots.narrow(slots.size - (capacity - sink), slots.size)
-        return Slots.cat(slots.narrow(0, sink), newest)
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
+    ) -> Change:
+        return drop_oldest(slots, self._slots(self.sink_frames), self.capacity_slots(), arrived)
 
     def enter(self, context: PassContext) -> bool:
         first, stop = context.pass_frames

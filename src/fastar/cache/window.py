@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
-from fastar.cache.budget import BudgetOptions
-from fastar.cache.eviction import EvictionPolicy
-from fastar.cache.slots import Slots
+from fastar.cache.base import Staged
+from fastar.cache.budget import BudgetedPolicy, BudgetOptions
+from fastar.cache.change import Change, Joined, drop_oldest
 
 
-class WindowCache(EvictionPolicy):
+class WindowCache(BudgetedPolicy):
     """Keeps the newest tokens that fit. With `slot_bits` 4 it is the quantised window, over 3 times as long.
 
     Args:
@@ -32,9 +31,10 @@ class WindowCache(EvictionPolicy):
             raise ValueError(f"sink_frames must not be negative, got {sink_frames}")
         self.sink_frames = sink_frames
 
-    def score(self, layer: int, slots: Slots, arrived: int) -> Tensor:
-        age = torch.arange(slots.size, dtype=torch.float32, device=self.spec.device)
-        return age.masked_fill(age < self._sink_slots(), torch.inf)[None, None]
+    def absorb(
+        self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
+    ) -> Change:
+        return drop_oldest(slots, self._sink_slots(), self.capacity_slots(), arrived)
 
     def verbatim_slots(self) -> int:
         return self.capacity_slots() - self._sink_slots()

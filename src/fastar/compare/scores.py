@@ -64,8 +64,10 @@ class Scorer:
         return always if self.prompt is None else [*always, self.prompt_density, self.prompt]
 
     def started(self, rollout: Rollout) -> None:
-        """Record which engine `auto` became."""
+        """Record which engine `auto` became, and why not one that is known to be faster."""
         self.run.summary["engine"] = rollout.state.engine
+        if rollout.state.passed_over:
+            self.run.summary["engines_passed_over"] = rollout.state.passed_over
 
     def chunk(self, first: int, latents: Tensor, shown: Tensor | None) -> None:
         """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, F, H, W, 3] or not at all."""

@@ -6,7 +6,6 @@ Frames are uint8 [F, H, W, 3], RGB.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,6 +43,8 @@ def write_mp4(path: str | Path, frames: Frames, *, fps: float = 12.0, crf: int =
     except OSError as error:
         raise ValueError(f"cannot write the video {path} ({error.strerror})") from error
     try:
+        import imageio_ffmpeg
+
         writer = imageio_ffmpeg.write_frames(
             str(part), (width, height), fps=fps, codec="libx264", quality=None, macro_block_size=2,
             pix_fmt_out="yuv420p", output_params=["-crf", str(crf), "-movflags", "+faststart"],
@@ -72,6 +73,8 @@ def read_mp4(path: str | Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"there is no video {path}")
     try:
+        import imageio_ffmpeg
+
         reader = imageio_ffmpeg.read_frames(str(path))
         width, height = next(reader)["size"]
         raw = b"".join(reader)

@@ -7,12 +7,13 @@ call says why.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastar.engines.augmented import EXTRA
+from fastar.engines.auto import choose, example_call
 from fastar.engines.plan import WILDCARD, BlockPlan
 from fastar.engines.registry import AttentionCall, Engine, get, names, resolve
 
@@ -23,6 +24,8 @@ __all__ = [
     "Engine",
     "EngineChoice",
     "attend",
+    "choose",
+    "example_call",
     "get",
     "key_width",
     "names",
@@ -41,15 +44,19 @@ class EngineChoice:
         return resolve(self.name, device)
 
 
-def key_width(engine: str, head_dim: int) -> int:
+def key_width(engine: str, head_dim: int, device: torch.device | str | None = None) -> int:
     """Width at which an engine wants keys that carry their log-counts stored, 144 to 192 for heads of 128.
 
-    Keys kept at this width (`fastar.engines.augmented`) are attended to with `head_dim=` and without a copy.
+    Given a `device`, `head_dim` where log-counts apart are no dearer. Keys kept at this width
+    (`fastar.engines.augmented`) are attended to with `head_dim=` and without a copy.
 
     Args:
         engine: a name that `resolve` returned.
     """
-    return get(engine).key_width(head_dim)
+    chosen = get(engine)
+    if device is not None and torch.device(device).type not in chosen.counts_in_keys:
+        return head_dim
+    return chosen.key_width(head_dim)
 
 
 def attend(
@@ -72,7 +79,8 @@ def attend(
             to its logits (paper section 3, TempCache lemma). -inf marks an empty slot, which is never
             attended.
         plan: block pairs to execute; None means all.
-        lengths: [B, H] int32, how many keys each head has; those behind are not attended to. None means all.
+        lengths: [B, H] int32, how many keys each head has; those behind are not attended to. None means all. Engines
+            that do not take them get log-counts of -inf.
         head_dim: the true head dim if q and k carry the log-counts in extra coordinates already
             (fastar/engines/augmented.py); log_count must then be None. Empty slots are then keys of negligible weight:
             a query that has nothing else to attend to gets their mean.
@@ -88,18 +96,18 @@ def attend(
     """
     log_count = _check_inputs(q, k, v, log_count, plan)
     _check_head_dim(q, log_count, head_dim)
-    chosen = get(resolve(engine, q.device))
     if lengths is not None and tuple(lengths.shape) != tuple(k.shape[:2]):
         raise ValueError(f"lengths {tuple(lengths.shape)} must be [batch, heads] = {tuple(k.shape[:2])}")
     lengths = None if lengths is None else lengths.to(torch.int32)
+    call = AttentionCall(q, k, v, log_count, plan, return_lse, head_dim, lengths)
+    chosen = get(resolve(engine, q.device, call))
     if lengths is not None and not chosen.takes_lengths:
         if head_dim is not None:
             raise ValueError(
                 f"attention engine '{chosen.name}' takes no lengths beside keys that carry their log-counts: "
                 "write log-counts of -inf into the keys behind them"
             )
-        log_count, lengths = _cut(log_count, lengths, k.shape[2]), None
-    call = AttentionCall(q, k, v, log_count, plan, return_lse, head_dim, lengths)
+        call = replace(call, log_count=_cut(log_count, lengths, k.shape[2]), lengths=None)
     reason = chosen.unfit_for(call)
     if reason is not None:
         raise ValueError(f"attention engine '{chosen.name}' cannot execute this call: {reason}")

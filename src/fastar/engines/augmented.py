@@ -31,28 +31,16 @@ def augment_queries(q: Tensor, width: int) -> Tensor:
     return extended
 
 
-def augment_keys(k: Tensor, log_count: Tensor, width: int, scale: float | None = None) -> Tensor:
-    """[..., Lk, D] and log-counts [..., Lk] -> [..., Lk, width] in k's dtype.
-
-    scale: the softmax scale that the kernel will apply; 1 / sqrt(D) if None.
-    """
+def augment_keys(k: Tensor, log_count: Tensor, width: int) -> Tensor:
+    """[..., Lk, D] and log-counts [..., Lk] -> [..., Lk, width] in k's dtype."""
     extended = pad_width(k, width)
-    write_log_counts(extended, log_count, k.shape[-1], scale)
+    write_log_counts(extended, log_count, k.shape[-1])
     return extended
 
 
-def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int, scale: float | None = None) -> None:
-    """Put log-counts [..., Lk] into augmented keys [..., Lk, width], in place; `scale` as in `augment_keys`."""
-    bias = log_count.to(torch.float32) / (head_dim**-0.5 if scale is None else scale)
-    bias = torch.where(bias == -torch.inf, EMPTY, bias)
-    hi = bias.to(k.dtype)
-    k[..., head_dim] = hi
-    k[..., head_dim + 1] = (bias - hi.to(torch.float32)).to(k.dtype)
-
-
-def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int, scale: float | None = None) -> None:
-    """Put log-counts [..., Lk] into augmented keys [..., Lk, width], in place; `scale` as in `augment_keys`."""
-    bias = log_count.to(torch.float32) / (head_dim**-0.5 if scale is None else scale)
+def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int) -> None:
+    """Put log-counts [..., Lk] into augmented keys [..., Lk, width] of heads of `head_dim`, in place."""
+    bias = log_count.to(torch.float32) * head_dim**0.5
     bias = torch.where(bias == -torch.inf, EMPTY, bias)
     hi = bias.to(k.dtype)
     k[..., head_dim] = hi
@@ -61,6 +49,7 @@ def write_log_counts(k: Tensor, log_count: Tensor, head_dim: int, scale: float |
 
 def pad_width(x: Tensor, width: int) -> Tensor:
     """[..., L, D] -> a new contiguous [..., L, width], zeros behind D."""
-    padded = x.new_zeros(*x.shape[:-1], width)
+    padded = x.new_empty(*x.shape[:-1], width)
     padded[..., : x.shape[-1]] = x
+    padded[..., x.shape[-1] :] = 0
     return padded

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastar.engines.registry import AttentionCall, Engine
-from fastar.engines.unbiased import augmented, live_queries, silence, unfit_widths
+from fastar.engines.registry import AttentionCall, Engine, capability
+from fastar.engines.unbiased import augmented, live_queries, name_of, silence, unfit_widths
 
 _KEY_MULTIPLE = 64
 
@@ -35,9 +35,9 @@ def _limits(call: AttentionCall) -> str | None:
 def _missing(device: torch.device) -> str | None:
     if not torch.backends.cudnn.is_available():
         return "this build of torch has no cuDNN"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        return f"keys wider than values need compute capability 9.0, this GPU has {major}.{minor}"
+    found = capability(device)
+    if found is None or found[0] < 9:
+        return f"keys wider than values need compute capability 9.0, not {name_of(found)}"
     return None
 
 
@@ -48,6 +48,7 @@ CUDNN = Engine(
     dtypes=frozenset({torch.bfloat16, torch.float16}),
     takes_plan=False,
     key_multiple=_KEY_MULTIPLE,
+    counts_in_keys=frozenset({"cuda"}),
     missing=_missing,
     limits=_limits,
 )

@@ -16,8 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fastar.engines.plan import BlockPlan, inverse_order, take_rows
+from fastar.engines.plan import BlockPlan
 from fastar.engines.registry import AttentionCall, Engine
+from fastar.engines.rows import gathered, scattered
 from fastar.engines.unbiased import augmented, live_queries, silence, unfit_for_hopper_kernels, unfit_widths
 
 _KEY_MULTIPLE = 16  # columns of a tensor-core step: anything else is padded to it inside the kernel
@@ -69,26 +70,15 @@ def _sparse(call: AttentionCall, plan: BlockPlan, live: Tensor | None) -> tuple[
         full_block_idx=indices,
         block_size=(plan.block_q, plan.block_k),
     )
-    q = take_rows(call.q, plan.query_order).transpose(1, 2)
-    k, v = (take_rows(x, plan.key_order).transpose(1, 2) for x in (call.k, call.v))
+    q = gathered(call.q, plan.query_order).transpose(1, 2)
+    k, v = (gathered(x, plan.key_order).transpose(1, 2) for x in (call.k, call.v))
     out, lse = flash_attn_func(
         q, k, v, softmax_scale=call.scale, block_sparse_tensors=lists, return_lse=call.return_lse
     )  # fmt: skip
     out, lse = silence(out.transpose(1, 2), lse, live)
-    if plan.query_order is None:
-        return out, lse
-    back = inverse_order(plan.query_order)
-    return _unsorted(out, back), None if lse is None else lse.gather(2, back)
-
-
-def _unsorted(out: Tensor, back: Tensor) -> Tensor:
-    """out [B, H, L, D] at back [B, H, L], in the memory layout [B, L, H, D] it came in."""
-    batch, heads, length, width = out.shape
-    head = torch.arange(heads, device=out.device)
-    start = torch.arange(batch, device=out.device)[:, None, None] * length
-    rows = (back.transpose(1, 2) + start) * heads + head
-    taken = out.transpose(1, 2).reshape(-1, width).index_select(0, rows.flatten())
-    return taken.view(batch, length, heads, width).transpose(1, 2)
+    if lse is not None and plan.query_order is not None:
+        lse = torch.empty_like(lse).scatter_(2, plan.query_order, lse)
+    return scattered(out, plan.query_order), lse
 
 
 def _limits(call: AttentionCall) -> str | None:
@@ -117,6 +107,8 @@ def _missing(device: torch.device) -> str | None:
         found = None
     if found is None or find_spec("cutlass") is None:
         return "it needs FlashAttention-4: pip install 'flash-attn-4[cu13]'"
+    if find_spec("triton") is None:
+        return "it puts tokens in the order of a plan with Triton: install triton"
     return unfit_for_hopper_kernels(device)
 
 
@@ -128,6 +120,7 @@ FA4 = Engine(
     lse_devices=frozenset({"cuda"}),
     takes_lengths=True,
     key_multiple=_KEY_MULTIPLE,
+    counts_in_keys=frozenset({"cuda"}),
     missing=_missing,
     limits=_limits,
 )

@@ -78,6 +78,7 @@ FLASHINFER = Engine(
     lse_devices=frozenset({"cuda"}),
     takes_plan=False,
     key_multiple=_KEY_MULTIPLE,
+    counts_in_keys=frozenset({"cuda"}),
     missing=_missing,
     limits=_limits,
 )

@@ -25,7 +25,6 @@ _ENTRIES = {  # name: module, attribute
     "flashinfer": ("fastar.engines.flashinfer", "FLASHINFER"),
     "cudnn": ("fastar.engines.cudnn", "CUDNN"),
 }
-_AUTO = {"cuda": "sdpa", "cpu": "sdpa"}  # elsewhere: reference, which needs nothing but matmul and softmax
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ class Engine:
         takes_log_count, takes_plan: whether it takes those arguments.
         takes_lengths: whether it reads key lengths as they are; for others they become log-counts of -inf.
         key_multiple: of what the width of log-counted keys is to be a multiple (see `key_width`).
+        counts_in_keys: device types on which log-counts cost least inside the keys, so that a rollout keeps them there.
         missing: given a device, what the machine lacks to run it, or None.
         limits: given a call, which further constraint of the engine it breaks, or None.
     """
@@ -83,6 +83,7 @@ class Engine:
     takes_plan: bool = True
     takes_lengths: bool = False
     key_multiple: int = 8
+    counts_in_keys: frozenset[str] = frozenset()
     missing: Callable[[torch.device], str | None] = lambda device: None
     limits: Callable[[AttentionCall], str | None] = lambda call: None
 
@@ -128,15 +129,33 @@ def get(name: str) -> Engine:
     return engine
 
 
-def resolve(name: str, device: torch.device | str) -> str:
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA compute capability, or None where there is no such device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def resolve(name: str, device: torch.device | str, call: AttentionCall | None = None) -> str:
     """The engine that `name` means on `device`; `auto` is decided here, once, so that it can be recorded.
+
+    Args:
+        call: what the calls to come are like (`example_call`), for `auto` to choose by; None: only the device counts.
 
     Raises:
         ValueError: if the name is unknown, or the engine cannot run on that device (with the reason).
     """
     device = torch.device(device)
     if name == "auto":
-        name = _AUTO.get(device.type, "reference")
+        from fastar.engines.auto import choose
+
+        chosen, passed = choose(device, call)
+        if chosen is None:
+            reasons = "; ".join(f"{engine}: {reason}" for engine, reason in passed.items())
+            raise ValueError(
+                f"engine=auto finds none for these calls ({reasons}): name one of {', '.join(names())}"
+            )
+        return chosen
     reason = get(name).unfit_for_device(device)
     if reason is not None:
         raise ValueError(f"attention engine '{name}' cannot run here: {reason}")

@@ -66,7 +66,7 @@ def _biased(
     """As `_unbiased`, with bias [B, H, Lk] in the logits, over the `allowed` [B, H, Lq, Lk] pairs alone."""
     if augment:
         width = max(augmented_width(q.shape[-1], _WIDTH_MULTIPLE), v.shape[-1])
-        return _unbiased(augment_queries(q, width), augment_keys(k, bias, width, scale), v, scale, allowed)
+        return _unbiased(augment_queries(q, width), augment_keys(k, bias, width), v, scale, allowed)
     mask = bias[..., None, :]
     return _unbiased(q, k, v, scale, mask if allowed is None else mask.where(allowed, -torch.inf))
 
@@ -148,5 +148,17 @@ _DEVICES = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-SDPA = Engine(name="sdpa", run=partial(_run, augment_on=_CUDA), devices=_DEVICES, dtypes=_DTYPES)
-AUGMENTED = Engine(name="augmented", run=partial(_run, augment_on=_DEVICES), devices=_DEVICES, dtypes=_DTYPES)
+SDPA = Engine(
+    name="sdpa",
+    run=partial(_run, augment_on=_CUDA),
+    devices=_DEVICES,
+    dtypes=_DTYPES,
+    counts_in_keys=_CUDA,
+)
+AUGMENTED = Engine(
+    name="augmented",
+    run=partial(_run, augment_on=_DEVICES),
+    devices=_DEVICES,
+    dtypes=_DTYPES,
+    counts_in_keys=_DEVICES,
+)

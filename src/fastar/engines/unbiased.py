@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastar.engines.augmented import augment_keys, augment_queries
-from fastar.engines.registry import AttentionCall, Engine
+from fastar.engines.registry import AttentionCall, Engine, capability
 
 _ALIGNED, _WIDEST = 8, 256  # numbers in 16 bytes, and in the widest head that any of these kernels takes
 
@@ -41,12 +41,15 @@ def unfit_widths(call: AttentionCall, engine: Engine) -> str | None:
 
 def unfit_for_hopper_kernels(device: torch.device) -> str | None:
     """Why kernels written for compute capability 9.0 do not run on a CUDA device, or None."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        None
-        if major == 9
-        else f"it is written for compute capability 9.0 (Hopper), this GPU has {major}.{minor}"
-    )
+    found = capability(device)
+    if found is not None and found[0] == 9:
+        return None
+    return f"it is written for compute capability 9.0 (Hopper), not for {name_of(found)}"
+
+
+def name_of(found: tuple[int, int] | None) -> str:
+    """A compute capability in words."""
+    return "a machine without a GPU" if found is None else f"{found[0]}.{found[1]}"
 
 
 def live_queries(call: AttentionCall) -> Tensor | None:

@@ -6,7 +6,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import imageio_ffmpeg
 import torch
 from torch import Tensor
 
@@ -69,6 +68,8 @@ def ffmpeg_with_libvmaf() -> str:
     Raises:
         ValueError: it lacks libvmaf.
     """
+    import imageio_ffmpeg  # late: it brings a program of 30 MB, which not every machine has
+
     program = imageio_ffmpeg.get_ffmpeg_exe()
     filters = subprocess.run(
         [program, "-hide_banner", "-filters"], capture_output=True, text=True, check=True

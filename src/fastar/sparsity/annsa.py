@@ -86,6 +86,7 @@ class AnnSA(Selector):
         self.match_space, self.shared_heads, self.rank = match_space, shared_heads, rank
         self.wants_tags = source == "prompt"
         self.block_q, self.block_k, self.rebuild = block_q, block_k, rebuild
+        self.blocks, self.tags_in_blocks = None if density == 1 else (block_q, block_k), density is None
         self._memo: ChunkMemo[BlockPlan] = ChunkMemo()
 
     def forget(self, next_frame: int) -> None:

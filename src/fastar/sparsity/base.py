@@ -124,10 +124,14 @@ class Selector(Scheduled, ABC):
     Attributes:
         match_space: whether `plan` wants roped vectors only, or also `q_raw` and `k_raw`.
         wants_tags: whether it wants `text_tags` and `key_tags`.
+        blocks: (block_q, block_k) of its plans; None if it makes none.
+        tags_in_blocks: whether its plans have tags inside the blocks.
     """
 
     match_space: MatchSpace = "roped"
     wants_tags = False
+    blocks: tuple[int, int] | None = None
+    tags_in_blocks = False
 
     def plan(self, request: SelectRequest) -> BlockPlan | None:
         """The block plan of one attention call; None means dense."""

@@ -34,6 +34,7 @@ class RandomBlocks(Selector):
         check_density(density)
         check_block_sizes(block_q, block_k)
         self.density, self.seed, self.block_q, self.block_k = density, seed, block_q, block_k
+        self.blocks = None if density == 1 else (block_q, block_k)
 
     def select(self, request: SelectRequest) -> BlockPlan | None:
         """A plan with randomly drawn blocks; None if the density is 1."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastar.attention.context import Attend, Stream
@@ -29,14 +30,12 @@ def fuse(transformer: CausalWanTransformer, linears: Linears | str = Linears.MOD
     Fused passes have no gradients.
 
     Raises:
-        ValueError: the transformer has rays or an action module, Triton cannot run where it is, or the device cannot
-            multiply as `linears` says.
+        ValueError: the transformer has an action module, Triton cannot run where it is, or the device cannot multiply
+            as `linears` says.
     """
-    config, linears = transformer.config, linears_named(linears)
-    if config.action_motions is not None or config.action_module is not None:
-        raise ValueError(
-            "fused execution knows no rays (action_motions) and no action module: leave this transformer eager"
-        )
+    linears = linears_named(linears)
+    if transformer.config.action_module is not None:
+        raise ValueError("fused execution knows no action module: leave this transformer eager")
     check_device(transformer.patch_embedding.weight.device)
     if linears == Linears.FP8:
         check_fp8(transformer)
@@ -87,8 +86,11 @@ class FusedPass:
         projected: Tensor,
         contexts: Mapping[Stream, Tensor | tuple[KeysValues, ...] | None],
         attend: Attend,
+        rays: Tensor | None = None,
     ) -> Tensor:
         """tokens [B, L, dim], e [B, F, dim], projected e [B, F, 6, dim] -> [B, L, patch * patch * out_channels].
+
+        `rays` [B, L, num_rays] are of the tokens, for a transformer with an odometer.
 
         Raises:
             ValueError: gradients or autocast are on, or the transformer was moved since it was fused.
@@ -98,11 +100,11 @@ class FusedPass:
         exact = torch.float32 if self.numerics != "self_forcing" else tokens.dtype  # of the modulation
         stream = tokens.flatten(0, 1).to(torch.float32 if self.numerics == "wan" else tokens.dtype)
         modulation = self.modulation[:, None, None].to(exact) + projected.to(exact)  # [layers, B, F, 6, dim]
-        read = {name: tokens for name, tokens in contexts.items() if tokens is not None}
+        read = {name: context for name, context in contexts.items() if context is not None}
         update, gate = None, None
         for layer, block in enumerate(self.blocks):
             own = {name: c[layer] if isinstance(c, tuple) else c for name, c in read.items()}
-            update, gate = block(stream, update, gate, modulation[layer], own, attend, batch)
+            update, gate = block(stream, update, gate, modulation[layer], own, attend, batch, rays)
         shift, scale = (self.head.modulation + e.to(exact).unsqueeze(2)).unbind(2)
         dtype = stream.dtype if self.numerics == "wan" else tokens.dtype
         h = residual_norm(stream, update, gate, shift, scale, eps=self.head.norm.eps, dtype=dtype)
@@ -132,6 +134,8 @@ class _Block:
         three = (own.q, own.k, own.v)
         self.qkv = linear(_packed([p.weight for p in three]), _packed([p.bias for p in three]))
         self.norms = _packed([own.norm_q.weight, own.norm_k.weight]).unflatten(0, (2, -1))
+        if own.num_rays:
+            self.rays = _packed([own.ray_q.weight, own.ray_k.weight])
         self.out = linear(own.o.weight, own.o.bias)
         if hasattr(block, "cross_attn"):
             cross = block.cross_attn
@@ -150,6 +154,7 @@ class _Block:
         contexts: Contexts,
         attend: Attend,
         batch: int,
+        rays: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The feed-forward's update [rows, dim] and its gate [B, F, dim], which the next norm adds to the stream.
 
@@ -160,7 +165,7 @@ class _Block:
         dtype = self.rows_dtype or block.self_attn.q.weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
         h = residual_norm(stream, update, gate, shift1, scale1, eps=block.norm1.eps, dtype=dtype)
-        update, gate = self._attend(h, attend, batch), gate1
+        update, gate = self._attend(h, attend, batch, rays), gate1
         if contexts:
             norm = block.norm3
             h = residual_norm(stream, update, gate, norm.bias, norm.weight, eps=norm.eps, dtype=dtype)
@@ -168,10 +173,12 @@ class _Block:
         h = residual_norm(stream, update, gate, shift2, scale2, eps=block.norm2.eps, dtype=dtype)
         return self.down(self.up.hidden(h)), gate2
 
-    def _attend(self, h: Rows, attend: Attend, batch: int) -> Tensor:
+    def _attend(self, h: Rows, attend: Attend, batch: int, rays: Tensor | None) -> Tensor:
         """Self-attention of rows [rows, dim]: queries, keys and values stay in the memory of their one product."""
         qkv, own = self.qkv(h), self.block.self_attn
         rms_norm_(qkv, self.norms, eps=_eps(own.norm_q))
+        if rays is not None:
+            qkv[:, : len(self.rays)] += F.linear(rays, self.rays).flatten(0, 1)
         q, k, v = self._heads(qkv, batch)
         return self.out(_rows(attend("self", self.block.layer, q, k, v)))
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastar.interpreter import interpreted
+
 EIGHT_BITS = torch.float8_e4m3fn
 _NUMBERS_A_WARP = 512  # of a row; 16 a thread
 
@@ -88,8 +90,6 @@ def check_device(device: torch.device) -> None:
     """Raise a ValueError unless the kernels run on tensors of `device`."""
     if find_spec("triton") is None:
         raise ValueError("fused execution needs Triton: install triton, or leave the transformer eager")
-    from fastar.ann.launch import interpreted
-
     if device.type != "cuda" and not interpreted():
         raise ValueError(
             f"fused execution runs on a GPU, not on {device.type}: move the transformer there first, or leave it eager"

@@ -74,13 +74,22 @@ class Fp8Linear(Linear):
 def check_fp8(transformer: CausalWanTransformer) -> None:
     """Raise a ValueError unless the big linears of a transformer can be multiplied in 8 bits where it is."""
     weight, config = transformer.patch_embedding.weight, transformer.config
-    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else (0, 0)
-    if capability < (8, 9) or weight.dtype != torch.bfloat16 or config.dim % 16 or config.ffn_dim % 16:
+    if (
+        not multiplies_fp8(weight.device)
+        or weight.dtype != torch.bfloat16
+        or config.dim % 16
+        or config.ffn_dim % 16
+    ):
         raise ValueError(
             "linears=fp8 needs a bfloat16 model with widths divisible by 16, on a GPU of compute capability 8.9 or "
             f"newer (Ada, Hopper); this is {weight.dtype}, {config.dim} and {config.ffn_dim} wide, on "
-            f"{weight.device.type} {capability[0]}.{capability[1]}: use linears=model"
+            f"{weight.device.type}: use linears=model"
         )
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether it is a GPU with units for 8-bit floating-point products."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def linears_named(name: Linears | str) -> Linears:

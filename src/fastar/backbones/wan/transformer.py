@@ -153,7 +153,7 @@ class CausalWanTransformer(nn.Module):
         given: dict[Stream, Tensor | ProjectedTokens | None] = {"text": text, "image": image}
         contexts = {stream: self._context(stream, tokens) for stream, tokens in given.items()}
         if self.fused is not None:
-            return self._unpatchify(self.fused(tokens, e, modulation, contexts, attend), grid)
+            return self._unpatchify(self.fused(tokens, e, modulation, contexts, attend, rays), grid)
         for layer, block in enumerate(self.blocks):
             read = {s: c[layer] if isinstance(c, tuple) else c for s, c in contexts.items() if c is not None}
             tokens = block(tokens, modulation, read, attend, rays, told)

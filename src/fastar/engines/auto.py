@@ -1,0 +1,73 @@
+"""What `auto` means: the first engine, in the order of measured speed, that fits the machine and the calls to come.
+
+Measured on one H100 80GB HBM3 (driver 580, torch 2.11.0+cu130, FlashAttention-4 4.0.0b36, FlashInfer 0.6.13, cuDNN of
+that torch), bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131,040 keys, medians of 7:
+
+    engine       dense       log-counted   block-sparse, density 0.25
+    fa4          588  622    545  588      433  582
+    flashinfer   627  650    551  531      -
+    cudnn        538  507    447  441      -
+    sdpa         308  315
+
+One engine serves all calls of a rollout, so that methods of one comparison differ in nothing else. FlashAttention-4
+comes first: within 6 % of the fastest dense call, the fastest log-counted one at many keys, and the only one of the
+first three that executes block plans. `experiments/benchmark.py` measures the table anew.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastar.engines.plan import BlockPlan
+from fastar.engines.registry import AttentionCall, capability, get
+
+ORDER = {
+    "cuda 9": ("fa4", "flashinfer", "cudnn", "sdpa"),
+    "cuda": ("sdpa",),  # other capabilities: not measured
+    "cpu": ("sdpa",),
+}
+"""Engines by device type and major compute capability; on other devices `reference`, which needs nothing."""
+
+
+def order(device: torch.device) -> tuple[str, ...]:
+    """The engines that `auto` may become on a device, first choice first."""
+    found = capability(device)
+    named = None if found is None else ORDER.get(f"{device.type} {found[0]}")
+    return named or ORDER.get(device.type, ("reference",))
+
+
+def choose(device: torch.device, call: AttentionCall | None) -> tuple[str | None, dict[str, str]]:
+    """The engine for a device and calls like `call`, or None; and why those before it were passed over."""
+    passed: dict[str, str] = {}
+    for name in order(device):
+        engine = get(name)
+        reason = engine.unfit_for_device(device)
+        if reason is None and call is not None:
+            reason = engine.unfit_for(call)
+        if reason is None:
+            return name, passed
+        passed[name] = reason
+    return None, passed
+
+
+def example_call(
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    blocks: tuple[int, int] | None = None,
+    tags: bool = False,
+) -> AttentionCall:
+    """A call of one token that stands for those of a rollout, to ask engines whether they would execute them.
+
+    Args:
+        blocks: (block_q, block_k) of the block plans to come; None: there are none.
+        tags: whether these have tags inside the blocks.
+    """
+    token = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
+    plan = None
+    if blocks is not None:
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        tag = torch.zeros(1, 1, 1, dtype=torch.long, device=device) if tags else None
+        plan = BlockPlan(None, None, *blocks, mask, query_tags=tag, key_tags=tag, lengths=(1, 1))
+    return AttentionCall(token, token, token, token[..., 0].float(), plan, return_lse=False)

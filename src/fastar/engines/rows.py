@@ -1,0 +1,44 @@
+"""Tokens put in the order of a block plan, and back: one kernel each, whatever the strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+_ROWS = 32  # tokens a program moves
+
+
+def gathered(x: Tensor, order: Tensor | None) -> Tensor:
+    """x [B, H, L, D] with its tokens in `order` [B, H, L], in new memory; x itself if that is None."""
+    if order is None:
+        return x
+    target = x.new_empty(x.shape)
+    _move(x, order, target, scatter=False)
+    return target
+
+
+def scattered(x: Tensor, order: Tensor | None) -> Tensor:
+    """The inverse of `gathered`, in new memory laid out as [B, L, H, D]; x itself if order is None."""
+    if order is None:
+        return x
+    batch, heads, length, width = x.shape
+    target = x.new_empty(batch, length, heads, width).transpose(1, 2)
+    _move(x, order, target, scatter=True)
+    return target
+
+
+def _move(source: Tensor, order: Tensor, target: Tensor, *, scatter: bool) -> None:
+    assert source.stride(-1) == 1 and source.shape == target.shape and order.shape == source.shape[:3]
+    batch, heads, length, width = source.shape
+    _kernel()[(-(-length // _ROWS), batch * heads)](
+        source, order.contiguous(), target, length, heads, *source.stride()[:3], *target.stride()[:3],
+        D=width, ROWS=_ROWS, WIDTH=1 << (width - 1).bit_length(), SCATTER=scatter,
+    )  # fmt: skip
+
+
+def _kernel() -> Any:
+    # imported late: Triton is an optional package
+    from fastar.engines.kernels import move_rows
+
+    return move_rows
