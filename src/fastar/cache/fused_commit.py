@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import interpreted
 from fastar.ann.similarity import random_directions
 from fastar.cache.base import Staged
 from fastar.cache.change import Change, Edit, Joined, Scratch
@@ -31,6 +30,7 @@ from fastar.cache.fused import (
 )
 from fastar.cache.moments import expand_moment, pack_moment
 from fastar.cache.slots import Slots, pack_positions
+from fastar.interpreter import interpreted
 
 if TYPE_CHECKING:
     from fastar.cache.tempcache import TempCache
