@@ -18,10 +18,10 @@ from torch import Tensor
 from fastar.ann.launch import Tile, nearest_allowed
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.benchmark.timing import timed
-from fastar.cache.base import CacheSpec, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, Staged
 from fastar.cache.change import Scratch
 from fastar.cache.fused import choose, match
-from fastar.cache.fused_commit import kept, observed, plan, slots_of
+from fastar.cache.fused_commit import append, kept, observed, plan, slots_of
 from fastar.cache.tempcache import TempCache
 
 FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.0, "rounds": 1}  # conf/cache/tempcache_fast.yaml
@@ -118,10 +118,21 @@ def commit_rows(
         }
 
 
-def stage(policy: TempCache, chunk: Staged) -> None:
+def stage(policy: CachePolicy, chunk: Staged) -> None:
     """The same chunk in all layers."""
     for layer in range(policy.spec.num_layers):
-        policy.stage(layer, chunk)
+        place(policy, layer, chunk)
+
+
+def place(policy: CachePolicy, layer: int, chunk: Staged) -> None:
+    """Stage a chunk in one layer; where attention would have left it, if the policy has room for that."""
+    tokens, k, v = chunk.k.shape[2], chunk.k, chunk.v
+    room = policy.room(layer, tokens)
+    if room is not None:
+        k, v = room.k[:, :, -tokens:, : k.shape[-1]], room.v[:, :, -tokens:]
+        k.copy_(chunk.k)
+        v.copy_(chunk.v)
+    policy.stage(layer, Staged(q_raw=chunk.q_raw, k_raw=chunk.k_raw, k=k, v=v, positions=chunk.positions))
 
 
 @torch.no_grad()
@@ -130,15 +141,15 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     spec, staged = policy.spec, [policy._staged[layer] for layer in range(policy.spec.num_layers)]
     layers, arrived, frame = range(spec.num_layers), staged[0].k.shape[2], spec.tokens_per_frame
     extras = {name: torch.cat([own[name] for own in policy._extras]) for name in policy._extras[0]}
-    stop = min(policy.filled, policy.filled + arrived - policy.verbatim_slots())
+    stop = policy.filled + arrived - policy.verbatim_slots()
     buffer = policy._buffers.part(layers)
+    append(policy, buffer, staged)
     inside = buffer.narrow(policy.sink_frames * frame, stop)
     known, surplus = max(0, inside.size - arrived), policy.filled + arrived - policy.capacity_slots()
 
     slots = slots_of(policy, inside, extras["moment"])
     old = inside["partner"].to(torch.int32).flatten(0, 1)
     partner, cost = match(slots, old, known, frame, policy.weighting)
-    surplus = min(surplus, inside.size - frame)
 
     def merge() -> tuple[Tensor, ...]:
         again = policy.refresh > 0

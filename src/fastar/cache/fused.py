@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import interpreted, nearest_allowed
+from fastar.ann.launch import nearest_allowed
 from fastar.cache.merge import Weighting, rows_of
+from fastar.interpreter import interpreted
 
 _SPAN = 2048  # slots that one program sums
 _BLOCK = 4096  # slots that one program looks at at a time
@@ -81,24 +82,28 @@ class FusedSlots:
 
 
 def moments(
-    x: Tensor, *, full: bool = True, turns: tuple[Tensor, Tensor] | None = None, span: int = _SPAN
+    *same: Tensor, full: bool = True, turns: tuple[Tensor, Tensor] | None = None, span: int = _SPAN
 ) -> tuple[Tensor, Tensor]:
     """Sum of x [B, H, M, D] over M, [N, D], and of x x^T, [N, D, D], or of the squares, [N, D], float32.
 
+    Of several x of the same sizes (such as layers), N is B x H for each, one after the other.
+
     turns: cosines and sines [M, D / 2] of the angles that rows are turned by first. span: rows that are summed at once.
     """
-    batch, heads, size, width = x.shape
+    batch, heads, size, width = same[0].shape
     parts = _blocks(size, span)
-    lead = (batch * heads, parts, width)
-    sums = x.new_empty(lead, dtype=torch.float32)
-    squares = x.new_empty((*lead, width) if full else lead, dtype=torch.float32)
-    x = x if x.stride(3) == 1 else x.contiguous()
+    lead = (len(same) * batch * heads, parts, width)
+    sums = same[0].new_empty(lead, dtype=torch.float32)
+    squares = same[0].new_empty((*lead, width) if full else lead, dtype=torch.float32)
     cosine, sine = turns or (sums, sums)
-    kernels().moments[(parts, batch * heads)](
-        x, cosine, sine, sums, squares, size, span, heads, *x.stride()[:3],
-        D=width, WIDTH=_padded(width), BLOCK=64,
-        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8,
-    )  # fmt: skip
+    outs = zip(sums.chunk(len(same)), squares.chunk(len(same)), strict=True)
+    for x, (sum_of_x, square_of_x) in zip(same, outs, strict=True):
+        x = x if x.stride(3) == 1 else x.contiguous()
+        kernels().moments[(parts, batch * heads)](
+            x, cosine, sine, sum_of_x, square_of_x, size, span, heads, *x.stride()[:3],
+            D=width, WIDTH=_padded(width), BLOCK=64,
+            FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8,
+        )  # fmt: skip
     return sums.sum(1), squares.sum(1)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import interpreted
 from fastar.ann.similarity import random_directions
 from fastar.cache.base import Staged
 from fastar.cache.change import Change, Edit, Joined, Scratch
@@ -30,7 +29,8 @@ from fastar.cache.fused import (
     renew,
 )
 from fastar.cache.moments import expand_moment, pack_moment
-from fastar.cache.slots import Slots
+from fastar.cache.slots import Slots, pack_positions
+from fastar.interpreter import interpreted
 
 if TYPE_CHECKING:
     from fastar.cache.tempcache import TempCache
@@ -57,27 +57,21 @@ class Merging:
 
 
 class FusedEdit(Edit):
-    """Merges, then moves, then arrivals, all written where the slots are.
+    """Merges, then moves, both written where the slots are.
 
     Args:
-        slots: those in use, in `buffer`.
+        slots: those that there are, in `buffer`; arrivals are the last of them.
         whole: fields of all slots that stay, without those left out.
         merging: None for no merges.
-        arrivals: by layer, to be written behind the slots that stay.
     """
 
     def __init__(
-        self,
-        slots: Slots,
-        buffer: Slots,
-        whole: dict[str, Tensor],
-        merging: Merging | None,
-        arrivals: Sequence[Slots],
+        self, slots: Slots, buffer: Slots, whole: dict[str, Tensor], merging: Merging | None
     ) -> None:
         super().__init__(Change(Joined(slots, buffer.narrow(0, 0)), whole=whole), buffer, Scratch())
-        self._kept = slots.size if merging is None else merging.start + merging.keep.shape[1]
-        self._merging, self._behind = merging, arrivals
-        self.size = self._kept + (arrivals[0].size if arrivals else 0)
+        self._merging = merging
+        if merging is not None:
+            self.size = merging.start + merging.keep.shape[1]
 
     def apply(self, buffer: Slots) -> None:
         merging, whole = self._merging, self._change.whole
@@ -89,15 +83,24 @@ class FusedEdit(Edit):
                 if name not in whole:
                     compact(tensor, merging.keep, merging.start)
         for name, new in whole.items():
-            buffer[name][:, :, : self._kept] = new
-        write_arrivals(buffer, self._kept, self._behind)
+            buffer[name][:, :, : self.size] = new
 
 
-def write_arrivals(buffer: Slots, at: int, arrivals: Sequence[Slots]) -> None:
-    """Write each layer's arrivals to its part of `buffer`, from slot `at` on."""
-    for layer, slots in enumerate(arrivals):
-        parts = {name: tensor.chunk(len(arrivals))[layer] for name, tensor in buffer.fields.items()}
-        Slots(parts).write(at, slots)
+def append(policy: TempCache, buffer: Slots, staged: Sequence[Staged]) -> Slots:
+    """The slots in use and, behind them, those that were staged, by layer, for which there is room in `buffer`.
+
+    Keys and values that lie there already, as where attention read them, are not copied; the rest, which only depends
+    on positions, is written for all layers at once.
+    """
+    size, arrived = policy.filled, staged[0].k.shape[2]
+    for layer, each in enumerate(staged):
+        own = {name: buffer[name].chunk(len(staged))[layer] for name in ("key", "value")}
+        Slots(own).write(size, Slots({"key": each.k, "value": each.v}))
+    position = pack_positions(staged[0].positions)
+    metadata = policy.metadata((1, 1, arrived), position.device)
+    for name, tensor in {"position": position[None, None], **metadata}.items():
+        buffer[name][:, :, size : size + arrived] = tensor
+    return buffer.narrow(0, size + arrived)
 
 
 def plan(
@@ -125,22 +128,14 @@ def plan(
         raise ValueError(
             f"commit_by=fused runs on a GPU, not on {policy.spec.device.type}: set commit_by=plain"
         )
-    spec, filled, arrived = policy.spec, policy.filled, staged[0].k.shape[2]
-    frame, total = spec.tokens_per_frame, filled + arrived
+    spec, arrived = policy.spec, staged[0].k.shape[2]
+    frame, total = spec.tokens_per_frame, policy.filled + arrived
     extras = observed(policy, staged, extras)
-    arrivals = [policy.encode(each) for each in staged]
-    if filled < policy.capacity_slots() < total:  # in this one commit they may lie where they are to go
-        arrivals = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in arrivals]
+    used = append(policy, buffer, staged)
     start = min(policy.sink_frames * frame, total)
     stop = max(start, total - policy.verbatim_slots())
-    if stop > filled:  # arrivals take part: they join the slots at once, in the room behind them
-        write_arrivals(buffer, filled, arrivals)
-        arrivals, size = [], total
-    else:
-        size = filled
-    used = buffer.narrow(0, size)
     if stop == start:
-        return FusedEdit(used, buffer, {}, None, arrivals), extras
+        return FusedEdit(used, buffer, {}, None), extras
 
     inside = buffer.narrow(start, stop)
     slots = slots_of(policy, inside, extras["moment"])
@@ -167,15 +162,15 @@ def plan(
             again=policy.refresh > 0,
         )
         keep, whole = kept(policy, slots, gone, partner, cost, surplus, arrived)
-        newer = torch.arange(stop, size, dtype=torch.int32, device=keep.device).expand(len(keep), -1)
+        newer = torch.arange(stop, total, dtype=torch.int32, device=keep.device).expand(len(keep), -1)
         keep = torch.cat([keep + start, newer], 1)
         merging = Merging(start, stop, runs, count, keep, policy.key == "mean")
         note(policy, layers, inside, root)
     for name, new in whole.items():
         tensor = buffer[name]
         new = new.to(tensor.dtype).unflatten(0, tensor.shape[:2])
-        whole[name] = torch.cat([tensor[:, :, :start], new, tensor[:, :, stop:size]], 2)
-    return FusedEdit(used, buffer, whole, merging, arrivals), extras
+        whole[name] = torch.cat([tensor[:, :, :start], new, tensor[:, :, stop:total]], 2)
+    return FusedEdit(used, buffer, whole, merging), extras
 
 
 def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
@@ -220,9 +215,9 @@ def observed(policy: TempCache, staged: Sequence[Staged], extras: dict[str, Tens
     """`extras` with the arriving queries taken into the second moments of all layers."""
     spec = policy.spec
     cosine, sine = (x.float() for x in spec.rope.tables(staged[0].positions))
-    arrived = staged[0].k.shape[2]
-    second = [moments(each.q_raw, turns=(cosine, sine), span=_QUERY_SPAN)[1] for each in staged]
-    moment = pack_moment(torch.cat(second).unflatten(0, (-1, spec.num_heads)) / arrived)
+    queries = [each.q_raw for each in staged]
+    _, second = moments(*queries, turns=(cosine, sine), span=_QUERY_SPAN)
+    moment = pack_moment(second.unflatten(0, (-1, spec.num_heads)) / staged[0].k.shape[2])
     seen = extras["observed"] + 1
     share = (1 / seen).clamp_min(1 / policy.moment_horizon)[:, None].expand(-1, spec.batch).reshape(-1, 1, 1)
     old = extras["moment"]
