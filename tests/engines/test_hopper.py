@@ -79,6 +79,8 @@ def draw(draw: Draw) -> Draw:
 @pytest.mark.parametrize("case", DENSE)
 @pytest.mark.parametrize("engine", ["fa4", "flashinfer", "cudnn"])
 def test_dense_and_log_counted(draw: Draw, engine: str, case: str, biased: bool) -> None:
+    if (engine, case) == ("flashinfer", "narrow"):
+        pytest.skip("it compiles for 90 s for each pair of widths: those of heads of 128 are enough")
     queries, keys, head_dim, value_dim = DENSE[case]
     q, k, v = (
         draw.normal(*HEADS, queries, head_dim),
