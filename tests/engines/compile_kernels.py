@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastar.engines.kernels import attend_packed, move_rows
+from fastar.engines.kernels import attend_packed, list_blocks, move_rows
 from fastar.engines.packed import TILE
 from tests.ann.compile_kernels import report
 
@@ -15,7 +15,7 @@ POINTERS = {
     "q": "bf16", "k": "bf16", "v": "bf16", "out": "bf16", "lse": "fp32", "log_count": "fp32",
     "key_codes": "u8", "key_low": "fp16", "key_step": "fp16",
     "value_codes": "u8", "value_low": "fp16", "value_step": "fp16",
-    "source": "bf16", "order": "i64", "target": "bf16",
+    "source": "bf16", "order": "i64", "target": "bf16", "mask": "u8", "counts": "i32", "indices": "i32",
 }  # fmt: skip
 ALIGNED = ("_batch", "_head", "_row")  # strides, and pointers: multiples of 16, as the launcher finds them
 
@@ -47,6 +47,7 @@ def main() -> None:
     for scatter in (False, True):
         constants = {"D": 144, "ROWS": 32, "WIDTH": 256, "SCATTER": scatter}
         report(f"move_rows, scatter {scatter}", compiled(move_rows, constants), r"st.global.*v4")
+    report("list_blocks", compiled(list_blocks, {"WIDTH": 1024}), "st.global")
 
 
 if __name__ == "__main__":
