@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastar.engines.plan import take_rows
+
 _ROWS = 32  # tokens a program moves
 
 
@@ -16,6 +18,14 @@ def gathered(x: Tensor, order: Tensor | None) -> Tensor:
     target = x.new_empty(x.shape)
     _move(x, order, target, scatter=False)
     return target
+
+
+def gather_into(target: Tensor, x: Tensor, order: Tensor) -> None:
+    """Write x [B, H, L, D] with its tokens in `order` [B, H, L] to `target`, on any device."""
+    if x.device.type == "cuda":
+        _move(x, order, target, scatter=False)
+    else:
+        target.copy_(take_rows(x, order))
 
 
 def scattered(x: Tensor, order: Tensor | None) -> Tensor:
