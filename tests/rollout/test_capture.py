@@ -78,8 +78,8 @@ def rollout_of(
     generator = torch.Generator().manual_seed(3)
     words = Prompts(torch.randn(1, 5, 48, generator=generator), lengths=torch.tensor([5]))
     return start_rollout(
-        backbone, Method(name="x", cache=policy, self_attention=selector), loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7], prompts=words,
-        capture=capture,
+        backbone, Method(name="x", cache=policy, self_attention=selector),
+        loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7], prompts=words, capture=capture,
     )  # fmt: skip
 
 

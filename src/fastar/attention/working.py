@@ -88,8 +88,8 @@ class OrderedKeys:
 class WorkingMemory:
     """The working keys of all layers, filled once a chunk and layer, at addresses that stay while sizes do.
 
-    They lie in the cache itself if it has room for them (`CachePolicy.room`), else in a copy. Layers whose plans are kept
-    for later passes have another copy, in the order of their plan, so that no pass puts what is cached in order again.
+    They lie in the cache itself if it has room for them (`CachePolicy.room`), else in a copy. Layers whose plans are
+    kept for later passes have another copy, in the order of the plan: what is cached is put in order once a chunk.
 
     Args:
         cache: whose past is read.

@@ -32,6 +32,7 @@ from fastar.sparsity.blocks import (
     choose_blocks,
     lay_out_keys,
     shared_pairs,
+    sort_by_bucket,
 )
 
 Source = Literal["content", "prompt"]
@@ -94,9 +95,7 @@ class AnnSA(Selector):
     def forget(self, next_frame: int) -> None:
         self._memo.clear()
 
-    def standing(
-        self, layer: int, context: PassContext, num_queries: int, num_keys: int
-    ) -> BlockPlan | None:
+    def standing(self, layer: int, context: PassContext, num_queries: int, num_keys: int) -> BlockPlan | None:
         """The chunk's plan, if an earlier pass made it and this one is sparse."""
         if not self.keeps_plans or self.is_dense(layer, context):
             return None
@@ -120,7 +119,7 @@ class AnnSA(Selector):
     def _build(self, request: SelectRequest) -> BlockPlan:
         assign = self._tags if self.source == "prompt" else self._buckets
         query_buckets, key_buckets = assign(request)
-        query_runs, query_order = torch.sort(query_buckets, dim=-1, stable=True)
+        query_runs, query_order = sort_by_bucket(query_buckets)
         layout = lay_out_keys(key_buckets, request.log_count, request.num_current)
         shared = shared_pairs(query_runs, layout, self.block_q, self.block_k)
         if self.density is None:

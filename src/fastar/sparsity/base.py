@@ -136,9 +136,7 @@ class Selector(Scheduled, ABC):
     tags_in_blocks = False
     keeps_plans = False
 
-    def standing(
-        self, layer: int, context: PassContext, num_queries: int, num_keys: int
-    ) -> BlockPlan | None:
+    def standing(self, layer: int, context: PassContext, num_queries: int, num_keys: int) -> BlockPlan | None:
         """The plan that a call of these sizes goes by whatever its vectors are; None: ask `plan`."""
         return None
 
