@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastar.engines.kernels import attend_packed, list_blocks, move_rows
+from fastar.engines.kernels import attend_packed, move_rows
 from fastar.engines.packed import TILE
 from tests.ann.compile_kernels import report
 
@@ -47,7 +47,6 @@ def main() -> None:
     for scatter in (False, True):
         constants = {"D": 144, "ROWS": 32, "WIDTH": 256, "SCATTER": scatter}
         report(f"move_rows, scatter {scatter}", compiled(move_rows, constants), r"st.global.*v4")
-    report("list_blocks", compiled(list_blocks, {"WIDTH": 1024}), "st.global")
 
 
 if __name__ == "__main__":

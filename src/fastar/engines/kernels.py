@@ -135,14 +135,3 @@ def move_rows(
     used = inside[:, None] & (width < D)[None, :]
     x = tl.load(source + read[:, None] * source_row + width[None, :], mask=used)
     tl.store(target + write[:, None] * target_row + width[None, :], x, mask=used)
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def list_blocks(mask, counts, indices, blocks, WIDTH: tl.constexpr):
-    """How many flags of each row of mask uint8 [rows, blocks] are set, and which: counts int32 [rows], indices int32
-    [rows, blocks], ascending, of which nothing behind the count is written. blocks <= WIDTH."""
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    read = tl.load(mask + row * blocks + column, mask=column < blocks, other=0) != 0
-    rank = tl.cumsum(read.to(tl.int32), 0)
-    tl.store(indices + row * blocks + rank - 1, column, mask=read)
-    tl.store(counts + row, tl.max(rank, 0))

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastar.engines.plan import BlockPlan
+from fastar.engines.plan import take_rows
 
 _ROWS = 32  # tokens a program moves
 
@@ -22,6 +21,14 @@ def gathered(x: Tensor, order: Tensor | None) -> Tensor:
     return target
 
 
+def gather_into(target: Tensor, x: Tensor, order: Tensor) -> None:
+    """Write x [B, H, L, D] with its tokens in `order` [B, H, L] to `target`, on any device."""
+    if x.device.type == "cuda":
+        _move(x, order, target, scatter=False)
+    else:
+        target.copy_(take_rows(x, order))
+
+
 def scattered(x: Tensor, order: Tensor | None) -> Tensor:
     """The inverse of `gathered`, in new memory laid out as [B, L, H, D]; x itself if order is None."""
     if order is None:
@@ -30,20 +37,6 @@ def scattered(x: Tensor, order: Tensor | None) -> Tensor:
     target = x.new_empty(batch, length, heads, width).transpose(1, 2)
     _move(x, order, target, scatter=True)
     return target
-
-
-def listed(plan: BlockPlan) -> tuple[Tensor, Tensor]:
-    """As `plan.listed()`, but what stands behind a count may be anything."""
-    if plan.block_lists is not None:
-        return plan.block_lists
-    mask = plan.block_mask.contiguous()
-    counts = mask.new_empty(mask.shape[:3], dtype=torch.int32)
-    indices = mask.new_empty(mask.shape, dtype=torch.int32)
-    blocks = mask.shape[3]
-    _kernels().list_blocks[(counts.numel(),)](
-        mask.view(torch.uint8), counts, indices, blocks, WIDTH=_power_of_two(blocks)
-    )
-    return counts, indices
 
 
 def _move(source: Tensor, order: Tensor, target: Tensor, *, scatter: bool) -> None:
