@@ -24,7 +24,7 @@ from fastar.cache import (
 from fastar.rollout import capture
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.rollout import NonFiniteError, Rollout
-from fastar.sparsity import AnnSA, Dense, Selector
+from fastar.sparsity import AnnSA, Dense, RandomBlocks, Selector
 from tests.small import small_loop, text_backbone
 
 CHUNK = 3
@@ -160,6 +160,8 @@ def test_what_cannot_be_captured_is_refused(reader: Backbone, monkeypatch: pytes
     headwise = partial(HeadwiseCache, policy=partial(WindowCache), budget_frames=8)
     with pytest.raises(ValueError, match="HeadwiseCache, whose work depends"):
         rollout_of(reader, headwise, capture=True)
+    with pytest.raises(ValueError, match="RandomBlocks, which draws"):
+        rollout_of(reader, POLICIES["dense"], RandomBlocks, capture=True)
 
 
 @pytest.mark.gpu

@@ -162,6 +162,10 @@ class AttentionState:
         """Copy what the cache keeps once more in the next pass."""
         self._memory.forget()
 
+    def working_bytes(self) -> int:
+        """Bytes of what attention reads that is not in the cache: copies of slots, and those in the order of a plan."""
+        return self._memory.nbytes()
+
     def in_flight(self) -> dict[str, Any]:
         """What is remembered of chunks in flight, of which there have been passes; empty if there are none."""
         found = {name: keeper.in_flight() for name, keeper in self._keepers().items()}

@@ -136,9 +136,10 @@ class WorkingMemory:
             self._ordered[layer] = kept
         return kept
 
-    def bytes_ordered(self) -> int:
-        """Bytes of the copies in the order of plans."""
-        return sum(x.nbytes for copies in self._ordered_copies.values() for x in copies)
+    def nbytes(self) -> int:
+        """Bytes of all copies, beside what the cache has."""
+        copies = [*self._copies.values(), *self._ordered_copies.values()]
+        return sum(x.nbytes for pair in copies for x in pair)
 
     def _fill(self, layer: int, like: Tensor) -> WorkingKeys:
         spec = self.cache.spec
