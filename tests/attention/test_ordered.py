@@ -114,4 +114,4 @@ def test_the_past_is_put_in_order_once_a_chunk_and_stays_where_it_is(monkeypatch
     slots = (10 + CHUNK) * GRID[0] * GRID[1]
     keys, values = memory._ordered_copies[0]
     assert keys.shape[2] == values.shape[2] <= slots
-    assert memory.bytes_ordered() == LAYERS * (keys.nbytes + values.nbytes)
+    assert rollout.state.working_bytes() == LAYERS * (keys.nbytes + values.nbytes)

@@ -152,6 +152,7 @@ class CapturedPasses:
         refused = {
             f"a {type(state.cache).__name__}, whose work depends on what is cached": state.cache.layout()
             is None,
+            f"{type(state.self_selector).__name__}, which draws on the host": state.self_selector.draws,
             "recorders, which look at every call": bool(state.recorders),
             "an action module, which has a past of its own": config.action_module is not None,
             "an image to start from": config.image_dim is not None or config.condition_channels > 0,

@@ -21,6 +21,8 @@ class RandomBlocks(Selector):
         layers, warmup_share, min_dense_steps, commit_dense: see `Scheduled`.
     """
 
+    draws = True
+
     def __init__(
         self,
         *,
