@@ -30,7 +30,9 @@ def unpacked(codes, low, step, row, known, D: tl.constexpr, GROUP: tl.constexpr,
     BYTES: tl.constexpr = GROUP * BITS // 8
     place = each[:, :, None] * BYTES + (number * BITS // 8)[None, None, :]
     code = tl.load(codes + place, mask=known[:, None, None], other=0)
-    if BITS == 4:  # each byte is read twice: joining two halves of a row gave wrong numbers on a GPU (Triton 3.6)
+    if (
+        BITS == 4
+    ):  # each byte is read twice: joining two halves of a row gave wrong numbers on a GPU (Triton 3.6)
         code = (code >> (number % 2 * 4).to(tl.uint8)[None, None, :]) & 15
     x = bottom + size * code.to(tl.float32)
     return tl.reshape(x, [K, D])
