@@ -258,6 +258,7 @@ class AttentionState:
                     k=current_k,
                     v=current_v,
                     positions=self._require_places().positions,
+                    q=q[..., : working.head_dim],
                 ),
             )
         outs = []

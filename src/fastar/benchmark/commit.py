@@ -20,8 +20,8 @@ from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.benchmark.timing import timed
 from fastar.cache.base import CacheSpec, Staged
 from fastar.cache.change import Scratch
-from fastar.cache.fused import choose, match
-from fastar.cache.fused_commit import kept, observed, plan, slots_of
+from fastar.cache.fused import choose, match, places_of_last
+from fastar.cache.fused_commit import kept, observed, plan, renewed, slots_of
 from fastar.cache.tempcache import TempCache
 
 FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.0, "rounds": 1}  # conf/cache/tempcache_fast.yaml
@@ -80,7 +80,8 @@ class StandIn:
         q, k, v = torch.cat(frames, 3).bfloat16()
         positions = grid_positions(self.frame, len(frames), self.geometry.grid, device=self.device)
         self.frame += len(frames)
-        return Staged(q_raw=q, k_raw=k, k=self._rope.rotate(k, positions), v=v, positions=positions)
+        roped, turned = (self._rope.rotate(x, positions) for x in (q, k))
+        return Staged(q_raw=q, k_raw=k, k=turned, v=v, positions=positions, q=roped)
 
 
 def commit_rows(
@@ -130,24 +131,26 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     spec, staged = policy.spec, [policy._staged[layer] for layer in range(policy.spec.num_layers)]
     layers, arrived, frame = range(spec.num_layers), staged[0].k.shape[2], spec.tokens_per_frame
     extras = {name: torch.cat([own[name] for own in policy._extras]) for name in policy._extras[0]}
-    stop = min(policy.filled, policy.filled + arrived - policy.verbatim_slots())
-    buffer = policy._buffers.part(layers)
-    inside = buffer.narrow(policy.sink_frames * frame, stop)
-    known, surplus = max(0, inside.size - arrived), policy.filled + arrived - policy.capacity_slots()
+    buffer, total_slots = policy._buffers.part(layers), policy.filled + arrived
+    start, stop, known = policy.regions(total_slots, arrived)
+    inside, surplus = buffer.narrow(start, stop), total_slots - policy.capacity_slots()
 
     slots = slots_of(policy, inside, extras["moment"])
     old = inside["partner"].to(torch.int32).flatten(0, 1)
     partner, cost = match(slots, old, known, frame, policy.weighting)
-    surplus = min(surplus, inside.size - frame)
 
     def merge() -> tuple[Tensor, ...]:
         again = policy.refresh > 0
-        _, gone, moved, _ = choose(
+        _, gone, moved, _, rows = choose(
             slots, partner, cost, surplus, policy.rounds, policy.weighting, first=0, again=again
         )
-        return gone, moved
+        return gone, moved, rows
 
-    gone, moved = merge()
+    def renew() -> dict[str, Tensor]:
+        found = renewed(policy, slots, inside["position"], gone, moved, cost, surplus, arrived)
+        return kept(slots, found, places_of_last(gone, rows))
+
+    gone, moved, rows = merge()
     edit, _ = plan(policy, layers, buffer, staged, extras)
 
     def total() -> None:
@@ -158,7 +161,7 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
         "features": lambda: slots_of(policy, inside, extras["moment"]),
         "match": lambda: match(slots, old, known, frame, policy.weighting),
         "merge": merge,
-        "renew": lambda: kept(policy, slots, gone, moved, cost, surplus, arrived),
+        "renew": renew,
         "edit": lambda: edit.apply(buffer),
         "total": total,
     }
@@ -205,7 +208,7 @@ def main() -> None:
             print(json.dumps({"setting": name, **row, "peak_gib": peak}), flush=True)  # noqa: T201
     tiles = [
         Tile(queries, keys, 256, warps, 3) for queries, keys, warps in
-        ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 128, 8))
+        ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 4))
     ]  # fmt: skip
     for row in tile_rows([64, 128, 256], tiles, geometry, device=device, repeats=5):
         print(json.dumps(row), flush=True)  # noqa: T201

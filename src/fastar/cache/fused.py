@@ -80,12 +80,10 @@ class FusedSlots:
         return cls(features, searched, offset, count)
 
 
-def moments(
-    x: Tensor, *, full: bool = True, turns: tuple[Tensor, Tensor] | None = None, span: int = _SPAN
-) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, *, full: bool = True, span: int = _SPAN) -> tuple[Tensor, Tensor]:
     """Sum of x [B, H, M, D] over M, [N, D], and of x x^T, [N, D, D], or of the squares, [N, D], float32.
 
-    turns: cosines and sines [M, D / 2] of the angles that rows are turned by first. span: rows that are summed at once.
+    span: rows that are summed at once.
     """
     batch, heads, size, width = x.shape
     parts = _blocks(size, span)
@@ -93,11 +91,10 @@ def moments(
     sums = x.new_empty(lead, dtype=torch.float32)
     squares = x.new_empty((*lead, width) if full else lead, dtype=torch.float32)
     x = x if x.stride(3) == 1 else x.contiguous()
-    cosine, sine = turns or (sums, sums)
     kernels().moments[(parts, batch * heads)](
-        x, cosine, sine, sums, squares, size, span, heads, *x.stride()[:3],
+        x, sums, squares, size, span, heads, *x.stride()[:3],
         D=width, WIDTH=_padded(width), BLOCK=64,
-        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8,
+        FULL=full, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8, num_stages=4,
     )  # fmt: skip
     return sums.sum(1), squares.sum(1)
 
@@ -143,13 +140,13 @@ def choose(
     *,
     first: int,
     again: bool,
-) -> tuple[Tensor, Tensor, Tensor, Runs]:
+) -> tuple[Tensor, Tensor, Tensor, Runs, Tensor]:
     """`fastar.cache.allocation.choose`; the features, from column `first` on, and counts of `slots` become the groups'.
 
     Features do so only if they are needed `again` after the last round.
 
     Returns:
-        root int32, gone uint8, partner int32 [N, M], and the runs of all that moved.
+        root int32, gone uint8, partner int32 [N, M], the runs of all that moved, and these: int32 [N, surplus], ascending.
     """
     gone, root = torch.zeros_like(partner, dtype=torch.uint8), None
     done = [surplus * step // rounds for step in range(rounds + 1)]
@@ -171,8 +168,9 @@ def choose(
             _, cost = cheaper_partner(slots, partner, None, weighting)
     assert root is not None
     if rounds > 1:
-        runs = Runs.of(places(gone, surplus, wanted=True), root)
-    return root, gone, partner, runs
+        rows = places(gone, surplus, wanted=True)
+        runs = Runs.of(rows, root)
+    return root, gone, partner, runs, rows
 
 
 def renew(
@@ -184,7 +182,7 @@ def renew(
     frame: int,
     weighting: Weighting,
 ) -> Tensor:
-    """`fastar.cache.allocation.renew` of the slots `keep` int32 [N, K], ascending: their partners [N, K].
+    """`fastar.cache.allocation.renew` of the slots `keep` int32 [N, K], oldest first: their partners [N, K].
 
     Everything else is by all slots' numbers: partner of the slots kept [N, K], cost `before` [N, K] of these.
     """
@@ -278,30 +276,36 @@ class Runs:
 
         Means are weighted by count [N, M]; columns before `first` stay. Returns the groups' counts if `total`.
         """
-        width, moved = x.shape[2], self.order.shape[1]
-        totals = count.clone() if total else count
-        runs = max(
-            1, 1024 // _padded(width - first)
-        )  # numbers that a program holds: 1,024 sums, four rows to each
-        kernels().fold[(_blocks(moved, runs), len(x))](
+        (_, _, width), moved, block = x.shape, self.order.shape[1], 64
+        totals, columns = count.clone() if total else count, _padded(width - first)
+        kernels().fold[(_blocks(moved, block), len(x))](
             x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
-            F=width, WIDTH=_padded(width - first), RUNS=runs, STEP=4, TOTAL=total, num_warps=4,
+            F=width, WIDTH=columns, BLOCK=block, TOTAL=total,
+            UPCAST=interpreted(), PRECISION=_precision(x), num_warps=4 if columns <= 128 else 8,
         )  # fmt: skip
         return totals
 
 
-def compact(x: Tensor, keep: Tensor, first: int) -> None:
-    """Move slots `keep` int32 [N, K], ascending, of x [B, H, M, ...] to the slots from `first` on, in place.
+def places_of_last(gone: Tensor, rows: Tensor) -> Tensor:
+    """Where the last R slots go when so many are gone: to the first that are, in order. int32 [N, R], -1: it is gone.
 
-    A slot must not move backwards: keep[:, j] >= first + j.
+    gone uint8 [N, M]; rows int32 [N, R], those that are, ascending.
     """
+    stays = gone[:, gone.shape[1] - rows.shape[1] :] == 0
+    number = stays.cumsum(1, dtype=torch.int64) - 1
+    return torch.where(stays, rows.gather(1, number.clamp_min_(0)), -1)
+
+
+def fill(x: Tensor, place: Tensor) -> Tensor:
+    """Move the last R slots of x [B, H, M, ...], in place, to slots `place` int32 [N, R] before them; not if -1."""
     rows = x.flatten(0, 1)
-    width = rows[0, 0].numel()
-    columns = min(64, 1 << (width - 1).bit_length())
-    kernels().compact[(_blocks(width, columns), len(rows))](
-        rows, keep, first, keep.shape[1], rows.stride(0), rows.stride(1),
-        F=width, WIDTH=columns, BLOCK=128, num_warps=4, num_stages=1,
+    size, moved, width = rows.shape[1], place.shape[1], rows[0, 0].numel()
+    block = 64 if width > 1 else 1024
+    kernels().fill[(_blocks(moved, block), len(rows))](
+        rows, place, size - moved, moved, rows.stride(0), rows.stride(1),
+        F=width, WIDTH=1 << (width - 1).bit_length(), BLOCK=block, num_warps=4,
     )  # fmt: skip
+    return x
 
 
 def _upto(high: Tensor) -> Tensor:

@@ -23,16 +23,13 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "span", "heads"])
 def moments(
-    x, cosine, sine, sums, squares, rows, span, heads, batch_stride, head_stride, row_stride,
+    x, sums, squares, rows, span, heads, batch_stride, head_stride, row_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FULL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads.
 
     sums [N, P, D]; squares [N, P, D, D] or, if not FULL, [N, P, D].
-
-    ROTATE: rows are turned first, adjacent pairs by the angles whose cosine and sine are [rows, D / 2], and rounded to
-    the dtype of x.
     """
     part, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -48,13 +45,6 @@ def moments(
         mask = (row < rows)[:, None] & used[None, :]
         at = row.to(tl.int64)[:, None] * row_stride
         tile = tl.load(x + at + column[None, :], mask=mask, other=0)
-        if ROTATE:
-            other = tl.load(x + at + (column ^ 1)[None, :], mask=mask, other=0).to(tl.float32)
-            angle = row[:, None] * (D // 2) + (column // 2)[None, :]
-            c = tl.load(cosine + angle, mask=mask, other=0)
-            s = tl.load(sine + angle, mask=mask, other=0)
-            s = tl.where((column % 2 == 0)[None, :], -s, s)
-            tile = (tile.to(tl.float32) * c + other * s).to(tile.dtype)
         wide = tile.to(tl.float32)
         total += tl.sum(wide, 0)
         if FULL:
@@ -303,17 +293,21 @@ def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["moved"])
 def fold(
     x, count, order, target, total, moved, x_stride, x_row, count_stride, FIRST: tl.constexpr,
-    F: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr, STEP: tl.constexpr, TOTAL: tl.constexpr,
+    F: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Each group's mean, weighted by count [N, M], is written over its root's row of x [N, M, F], from column FIRST on.
 
     order int32 [N, R] are the slots that may move, sorted by `target` int32 [N, R], where they end; a slot that is its
     own target stays. TOTAL: the group's count goes to `total` [N, M] (not `count`, which others read). A program takes
-    RUNS places; one at the end of a run of equal targets walks back through it, STEP rows at a time. Roots do not move
-    and each is written by one program, so none reads what another writes.
+    BLOCK places and sums the runs of equal targets among them by a product with 0 or count; what the first run has in
+    blocks before is added by the program in whose block it ends. Roots do not move and each is written by one program,
+    so none reads what another writes.
     """
     problem = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    first = tl.program_id(0) * BLOCK
+    inner = tl.arange(0, BLOCK)
+    place = first + inner
     order += problem * moved
     target += problem * moved
     x += problem * x_stride
@@ -321,57 +315,61 @@ def fold(
     inside = place < moved
     goal = tl.load(target + place, mask=inside, other=-1)
     after = tl.load(target + place + 1, mask=place + 1 < moved, other=-1)
-    own = tl.load(order + place, mask=inside, other=-1)
+    own = tl.load(order + place, mask=inside, other=0)
     ends = inside & (goal != after) & (own != goal)
     column = FIRST + tl.arange(0, WIDTH)
     used = column < F
-    root = tl.where(ends, goal, 0).to(tl.int64)
-    mask = ends[:, None] & used[None, :]
-    weight = tl.load(count + root, mask=ends, other=0)
-    row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
-    sums = row * weight[:, None]
-    back = tl.arange(0, STEP)
-    walking = ends
-    more = tl.max(walking.to(tl.int32), 0)
-    at = place
-    while more > 0:
-        spot = at[:, None] - back[None, :]
-        member = walking[:, None] & (spot >= 0)
-        member = member & (tl.load(target + spot, mask=member, other=-1) == goal[:, None])
+    few = tl.load(count + own, mask=inside, other=0)
+    reads = inside[:, None] & used[None, :]
+    rows = tl.load(x + own.to(tl.int64)[:, None] * x_row + column[None, :], mask=reads, other=0)
+    share = tl.where(goal[:, None] == goal[None, :], few[None, :], 0)
+    sums = product(share, rows.to(tl.float32), PRECISION, UPCAST)
+    weight = tl.sum(share, 1)
+
+    run = tl.load(target + first)
+    before = tl.load(target + first - 1, mask=first > 0, other=-1)
+    more = (before == run) & (tl.max((ends & (goal == run)).to(tl.int32), 0) > 0)
+    earlier = tl.zeros([WIDTH], tl.float32)
+    earlier_weight = 0.0
+    while more:
+        first -= BLOCK
+        spot = first + inner
+        member = tl.load(target + spot, mask=spot >= 0, other=-1) == run
         slot = tl.load(order + spot, mask=member, other=0).to(tl.int64)
         few = tl.load(count + slot, mask=member, other=0)
-        reads = member[:, :, None] & used[None, None, :]
-        rows = tl.load(x + slot[:, :, None] * x_row + column[None, None, :], mask=reads, other=0).to(
-            tl.float32
-        )
-        sums += tl.sum(rows * few[:, :, None], 1)
-        weight += tl.sum(few, 1)
-        walking = tl.min(member.to(tl.int32), 1) != 0  # all of them were of the run: there may be more
-        more = tl.max(walking.to(tl.int32), 0)
-        at -= STEP
-    mean = sums / tl.where(ends, weight, 1)[:, None]
+        reads = member[:, None] & used[None, :]
+        rows = tl.load(x + slot[:, None] * x_row + column[None, :], mask=reads, other=0)
+        earlier += tl.sum(rows.to(tl.float32) * few[:, None], 0)
+        earlier_weight += tl.sum(few, 0)
+        more = tl.min(member.to(tl.int32), 0) > 0
+    sums += tl.where((goal == run)[:, None], earlier[None, :], 0)
+    weight += tl.where(goal == run, earlier_weight, 0)
+
+    root = tl.where(ends, goal, 0).to(tl.int64)
+    mask = ends[:, None] & used[None, :]
+    own_weight = tl.load(count + root, mask=ends, other=1)
+    row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
+    weight += own_weight
+    mean = (sums + row * own_weight[:, None]) / weight[:, None]
     tl.store(x + root[:, None] * x_row + column[None, :], mean.to(x.dtype.element_ty), mask=mask)
     if TOTAL:
         tl.store(total + problem * count_stride + root, weight, mask=ends)
 
 
-@triton.jit(do_not_specialize=["first", "count"])
-def compact(
-    x, keep, first, count, x_stride, x_row,
+@triton.jit(do_not_specialize=["first", "moved"])
+def fill(
+    x, place, first, moved, x_stride, x_row,
     F: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Slots `keep` int32 [N, K], ascending, of x [N, M, F] move to the front, in place: to slots `first` and on.
+    """Slots first .. first + R - 1 of x [N, M, F] move, in place, to slots `place` int32 [N, R] before them, unless -1.
 
-    A program moves WIDTH of a problem's columns, BLOCK slots at a time. No slot moves backwards (keep[j] >= first + j),
-    so that what it writes has been read: by itself in an earlier step, or in this one, for which all its threads wait.
+    No two have the same place, so that nothing is read where something is written.
     """
     problem = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    to = tl.load(place + problem * moved + slot, mask=slot < moved, other=-1).to(tl.int64)
+    mask = (to >= 0)[:, None] & (column < F)[None, :]
     x += problem * x_stride + column[None, :]
-    for start in range(0, count, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        mask = (place < count)[:, None] & (column < F)[None, :]
-        source = tl.load(keep + problem * count + place, mask=place < count, other=0).to(tl.int64)
-        rows = tl.load(x + source[:, None] * x_row, mask=mask, other=0)
-        tl.debug_barrier()
-        tl.store(x + (first + place).to(tl.int64)[:, None] * x_row, rows, mask=mask)
+    rows = tl.load(x + (first + slot).to(tl.int64)[:, None] * x_row, mask=mask)
+    tl.store(x + to[:, None] * x_row, rows, mask=mask)

@@ -7,7 +7,7 @@ fixed instead of a threshold: of all slots, the merges that cost least are done,
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -191,6 +191,48 @@ class TempCache(BudgetedPolicy):
             return None  # nothing has been merged yet
         return slots["count"].float().log().expand(self.spec.batch, self.spec.num_heads, -1)
 
+    @property
+    def _has_merged(self) -> bool:
+        """Whether the cache has been full, so that frames before `exact_from` share slots."""
+        return self.exact_from > self.first_frame
+
+    def regions(self, total: int, arrived: int) -> tuple[int, int, int]:
+        """Of `total` slots, the last `arrived` of them new: where those that may merge start and stop.
+
+        Third, how many of these had entered before, and so have partners: after a rewrite, nothing may enter anew.
+        """
+        capacity, size = self.capacity_slots(), total
+        if self._has_merged:
+            size, arrived = max(total, capacity), min(arrived, max(0, total - capacity))
+        start = min(self.sink_frames * self.spec.tokens_per_frame, total)
+        stop = max(start, size - self.verbatim_slots())
+        return start, stop, max(0, stop - start - arrived)
+
+    def layout(self) -> tuple[int, ...] | None:
+        return (self.filled, self._buffers.generation, self._has_merged)
+
+    def old_slots(self, layer: int) -> Slots:
+        slots = super().old_slots(layer)
+        return self._by_age(slots) if self.commit_by == "fused" and self._has_merged else slots
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        if (
+            self.commit_by == "plain" and self._has_merged and self.key != "medoid"
+        ):  # a medoid's place is no age
+            for buffer in self._buffers:  # it may have been saved by fused commits
+                buffer.write(0, self._by_age(buffer.narrow(0, self.filled)))
+
+    def _by_age(self, slots: Slots) -> Slots:
+        """A copy, oldest first, which fused commits do not keep."""
+        order = slots["position"].argsort(dim=2, stable=True)
+        rank = order.argsort(dim=2)
+        start = self.regions(self.filled, 0)[0]
+        partner = slots["partner"].gather(2, order)
+        moved = rank.gather(2, partner.clamp_min(0).long() + start) - start
+        partner = torch.where(partner < 0, -1, moved).to(partner.dtype)
+        return slots.gather(order).replace(partner=partner)
+
     # -- a commit of many layers at once ---------------------------------------------------------------------------
 
     def _commit_layers(self, scratch: Scratch) -> Prepared:
@@ -216,11 +258,9 @@ class TempCache(BudgetedPolicy):
     ) -> Change:
         self._observe(staged, extras)
         frame = self.spec.tokens_per_frame
-        start = min(self.sink_frames * frame, slots.size)
-        stop = max(start, slots.size - self.verbatim_slots())
-        known = max(0, stop - start - arrived)  # slots that were in the middle before this commit
+        start, stop, known = self.regions(slots.size, arrived)
         surplus = slots.size - self.capacity_slots()
-        if stop == start:
+        if known == stop - start:  # none entered
             return Change(slots)
         middle = Middle(slots.narrow(start, stop), self._rules(), extras.get("moment"))
         candidates = middle.candidates
