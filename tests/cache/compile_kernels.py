@@ -13,7 +13,7 @@ FLOATS = {
     "sums", "squares", "moment", "factor", "key_mean", "value_mean", "value_scale", "offset", "cost",
     "count", "total",
 }  # fmt: skip
-VECTORS = {"x", "key", "value", "projection", "out", "searched"}
+VECTORS = {"key_map", "value_map", "x", "key", "value", "projection", "out", "searched"}
 INDICES = {"place", "rows", "partner", "found", "best", "root", "order", "target"}
 FLAGS = {"flags", "gone", "chosen"}
 STRIDES = {
@@ -43,6 +43,20 @@ def main() -> None:
     for project in (False, True):
         constants = {"BLOCK": 64, "PROJECT": project, "W": 64, **head}
         report(f"features, project={project}", compiled(kernels.features, 8, **constants), "tf32")
+    constants = {"BLOCK": 128, "W": 64, **head}
+    report("project", compiled(kernels.project, 8, **constants), "wgmma.*bf16")
+    for width, warps in ((32, 4), (64, 4), (256, 8)):
+        constants = {
+            "F": width,
+            "WIDTH": width,
+            "Q": 128,
+            "K": 64,
+            "MASK": 127,
+            "PRECISION": "ieee",
+            "UPCAST": False,
+        }
+        result = compiled(kernels.nearest_newer, warps, **constants)
+        report(f"nearest_newer, {width}", result, "wgmma.*bf16")
     for rows, found in ((False, True), (True, True), (True, False), (False, False)):
         constants = {
             "F": 256,

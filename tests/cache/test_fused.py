@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "regions": {"sink_frames": 1, "recent_frames": 1, "weighting": "older"},
     "all_recent": {"recent_share": 0.0, "refresh": 0.0},
     "narrow": {"match_width": 16},
+    "newest": {"match_width": 16, "cost_by": "searched", "match_frames": 1, "rounds": 1},
     "no_value": {"value_weight": 0.0, "weighting": "none", "rounds": 3},
 }
 
@@ -224,7 +225,10 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"commit_by": "fused", "key": "medoid"}, "key=mean or last"),
         ({"commit_by": "fused", "slot_bits": 8}, "slot_bits=16, got mean and 8"),
         ({"match_width": 24}, "power of two"),
-        ({"commit_by": "fused", "layers_at_once": 0}, "layers_at_once must be at least 1"),
+        ({"match_frames": 0}, "match_frames must be at least 1, got 30 and 0"),
+        ({"cost_by": "all"}, "features, searched"),
+        ({"commit_by": "fused", "cost_by": "searched", "key": "last"}, "needs key=mean, got last"),
+        ({"commit_by": "fused", "layers_at_once": 0}, "must be at least 1, got 0 and None"),
     ):
         with pytest.raises(ValueError, match=message):
             cache.TempCache(budget_frames=9, **options)  # type: ignore[arg-type]
@@ -309,7 +313,9 @@ def rollout(options: dict[str, Any], chunks: int = 6) -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{}, {"rounds": 1, "refresh": 0.0, "match_width": 64}], ids=["all", "fast"]
+    "options",
+    [{}, {"match_width": 64}, FAST, FAST | {"match_frames": 1}],
+    ids=["all", "few", "fast", "newest"],
 )
 def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]) -> None:
     """Features of 16 bits settle near ties in another way: other slots merge here and there, at the same cost."""
@@ -340,7 +346,7 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
 @pytest.mark.gpu
 def test_a_full_cache_commits_in_a_graph() -> None:
     """Captured once and replayed, on what was staged at capture: the bits of an eager commit, and again of another."""
-    options = {"commit_by": "fused", "rounds": 1, "refresh": 0.0, "match_width": 64}
+    options = {"commit_by": "fused", **FAST}
     eager, captured = rollout(options), rollout(options)
     before = captured.state_dict()
     staged = dict(captured._staged)
@@ -368,4 +374,4 @@ def fused_scratch() -> Any:
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     """Needs no GPU."""
-    assert compile_apart("tests.cache.compile_kernels", tmp_path) == 20
+    assert compile_apart("tests.cache.compile_kernels", tmp_path) == 24

@@ -24,7 +24,8 @@ from fastar.cache.fused import choose, match, places_of_last
 from fastar.cache.fused_commit import kept, observed, plan, renewed, slots_of
 from fastar.cache.tempcache import TempCache
 
-FAST: dict[str, Any] = {"match_width": 64, "refresh": 0.0, "rounds": 1}  # conf/cache/tempcache_fast.yaml
+# conf/cache/tempcache_fast.yaml
+FAST: dict[str, Any] = {"match_width": 64, "cost_by": "searched", "refresh": 0.0, "rounds": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +197,15 @@ def tile_rows(
 
 
 def main() -> None:
-    """Budgets of 3 to 18 latent frames, with the default and the fast setting: one line of JSON each.
+    """Budgets of 3 to 18 latent frames, with the fast setting, some near it and the default: one line of JSON each.
 
     python -m fastar.benchmark.commit
     """
     device, geometry = torch.device("cuda"), CommitGeometry()
-    settings = {"default": {}, "fast": FAST, "fast, refresh=0.125": FAST | {"refresh": 0.125}}
+    settings = {
+        "fast": FAST, "fast, match_width=32": FAST | {"match_width": 32},
+        "fast, match_frames=1": FAST | {"match_frames": 1}, "default": {},
+    }  # fmt: skip
     for name, options in settings.items():
         for row in commit_rows([3.1, 6, 12, 18], options, geometry, device=device, repeats=5):
             peak = torch.cuda.max_memory_allocated(device) / 2**30

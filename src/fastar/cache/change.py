@@ -203,7 +203,7 @@ class Edit:
 
 
 def close_gap(tensor: Tensor, first: int, gap: int, stop: int) -> None:
-    """Move slots first + gap .. stop - 1 of tensor [B, H, S, ...] to `first`, `gap` at a time, so that none overlaps."""
+    """Move slots first + gap .. stop - 1 of tensor [B, H, S, ...] to `first`, `gap` at a time: none overlaps."""
     for start in range(first + gap, stop, gap):
         end = min(start + gap, stop)
         tensor[:, :, start - gap : end - gap] = tensor[:, :, start:end]

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from fastar.ann.launch import interpreted, nearest_allowed
+from fastar.cache.allocation import CostBy
 from fastar.cache.merge import Weighting, rows_of
+from fastar.cache.moments import sampled
 
 _SPAN = 2048  # slots that one program sums
 _BLOCK = 4096  # slots that one program looks at at a time
@@ -31,7 +33,7 @@ class FusedSlots:
     """Slots that may merge.
 
     Attributes:
-        features: [N, M, 2 D].
+        features: what costs are of, [N, M, 2 D], or what is searched by.
         searched: what the search compares: the features, or [N, M, W] of them.
         offset: float32 [N, M], -|searched|^2 / 2.
         count: tokens a slot stands for, float [N, M].
@@ -51,31 +53,44 @@ class FusedSlots:
         factor: Tensor,
         value_weight: float,
         projection: Tensor | None,
+        cost_by: CostBy = "features",
     ) -> FusedSlots:
         """Of slots [B, H, M, D], batches H heads apart, and a factor [N, D, D] of the queries' moment.
 
-        projection: [2 D, W], or None to search by the features themselves.
+        projection: [2 D, W], or None to search by the features. cost_by: `searched`, and there are no others.
         """
         batch, heads, size, width = key.shape
-        key_mean, second = (x / size for x in moments(key))
-        value_mean, squares = (x / size for x in moments(value, full=False))
+        some = sampled(key).shape[2]
+        key_mean, second = (x / some for x in moments(sampled(key)))
+        value_mean, squares = (x / some for x in moments(sampled(value), full=False))
         covariance = second - key_mean[:, :, None] * key_mean[:, None]
         key_variance = ((covariance @ factor) * factor).sum((1, 2))
         value_variance = (squares - value_mean.square()).sum(1)
         scale = (value_weight * key_variance.clamp_min(0) / value_variance.clamp_min(1e-12)).sqrt()
         dtype = torch.float32 if key.dtype == torch.float32 else torch.bfloat16
-        features = key.new_empty(batch * heads, size, 2 * width, dtype=dtype)
-        offset = features.new_empty(batch * heads, size, dtype=torch.float32)
-        searched = features
+        seen = 2 * width if projection is None else projection.shape[1]
+        searched = key.new_empty(batch * heads, size, seen, dtype=dtype)
+        offset = searched.new_empty(batch * heads, size, dtype=torch.float32)
+        strides = (key.stride(1), key.stride(2), value.stride(1), value.stride(2))
+        sizes = {"D": width, "WIDTH": _padded(width), "UPCAST": interpreted(), "PRECISION": _precision(key)}
+        if projection is not None and cost_by == "searched":
+            key_map = (factor @ projection[:width]).to(dtype)
+            value_map = (scale[:, None, None] * projection[width:]).to(dtype)
+            block = 128
+            kernels().project[(_blocks(size, block), batch * heads)](
+                key, value, key_mean, value_mean, key_map, value_map, searched, offset, size, *strides,
+                W=seen, BLOCK=block, num_warps=8, **sizes,
+            )  # fmt: skip
+            return cls(searched, searched, offset, count)
+        features = searched
         if projection is not None:
             projection = projection.to(dtype)
-            searched = features.new_empty(batch * heads, size, projection.shape[1])
+            features = searched.new_empty(batch * heads, size, 2 * width)
         block = 64
         kernels().features[(_blocks(size, block), batch * heads)](
-            key, value, key_mean, value_mean, factor, scale, searched if projection is None else projection,
-            features, searched, offset, size, key.stride(1), key.stride(2), value.stride(1), value.stride(2),
-            D=width, WIDTH=_padded(width), W=searched.shape[2] if projection is not None else 16, BLOCK=block,
-            PROJECT=projection is not None, UPCAST=interpreted(), PRECISION=_precision(key), num_warps=8,
+            key, value, key_mean, value_mean, factor, scale, features if projection is None else projection,
+            features, searched, offset, size, *strides,
+            W=16 if projection is None else seen, BLOCK=block, PROJECT=projection is not None, num_warps=8, **sizes,
         )  # fmt: skip
         return cls(features, searched, offset, count)
 
@@ -112,21 +127,29 @@ def moment_factors(moment: Tensor) -> Tensor:
 
 
 def match(
-    slots: FusedSlots, partner: Tensor, known: int, frame: int, weighting: Weighting
+    slots: FusedSlots,
+    partner: Tensor,
+    known: int,
+    frame: int,
+    weighting: Weighting,
+    match_frames: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in two searches, of old slots and of new ones."""
-    size, entered = partner.shape[1], partner.shape[1] - known
+    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in one search of all that have newer slots."""
+    problems, size, width = slots.searched.shape
+    entered = size - known
     partner = torch.where(partner < known, partner, -1)
     found = torch.full_like(partner, -1)
-    keys, offset = slots.searched[:, known:], slots.offset[:, known:]
-    if known:
-        index = nearest_allowed(slots.searched[:, :known], keys, offset, None)
-        found[:, :known] = torch.where(index < 0, -1, index + known)
-    if entered > frame:  # the newest frame has nothing newer
-        late = torch.arange(entered - frame, device=partner.device, dtype=torch.int32)
-        own = _upto((late // frame + 1) * frame)
-        index = nearest_allowed(slots.searched[:, known : size - frame], keys, offset, own)
-        found[:, known : size - frame] = torch.where(index < 0, -1, index + known)
+    least = 0 if match_frames is None else max(0, entered - match_frames * frame)
+    narrow = width * slots.searched.element_size() <= 512
+    queries, keys = (128, 64) if narrow else (64, 32)
+    bits = (_blocks(entered + 1, keys) - 1).bit_length()
+    if size > frame:
+        kernels().nearest_newer[(_blocks(size - frame, queries), problems)](
+            slots.searched, slots.offset, found, size, known, frame, least,
+            F=width, WIDTH=_padded(width), Q=queries, K=keys, MASK=(1 << bits) - 1,
+            UPCAST=interpreted(), PRECISION="ieee",
+            num_warps=4 if width <= 128 else 8, num_stages=3,
+        )  # fmt: skip
     return cheaper_partner(slots, partner, found, weighting)
 
 
@@ -146,7 +169,7 @@ def choose(
     Features do so only if they are needed `again` after the last round.
 
     Returns:
-        root int32, gone uint8, partner int32 [N, M], the runs of all that moved, and these: int32 [N, surplus], ascending.
+        root int32, gone uint8, partner int32 [N, M], the runs of all that moved, these int32 [N, surplus], ascending.
     """
     gone, root = torch.zeros_like(partner, dtype=torch.uint8), None
     done = [surplus * step // rounds for step in range(rounds + 1)]
@@ -211,7 +234,7 @@ def cheaper_partner(
     size, width = slots.features.shape[1:]
     count = partner.shape[1]
     best, cost = torch.empty_like(partner), torch.empty_like(partner, dtype=torch.float32)
-    block = 16
+    block = max(16, 4096 // _padded(width))
     kernels().cheaper_partner[(_blocks(count, block), len(partner))](
         slots.features, slots.count, _or(rows, partner), partner.contiguous(), _or(found, partner), best, cost,
         size, count, F=width, WIDTH=_padded(width), BLOCK=block, WEIGHTING=weighting,
@@ -249,8 +272,12 @@ def places(flags: Tensor, number: int, *, wanted: bool) -> Tensor:
 def find_roots(chosen: Tensor, partner: Tensor) -> Tensor:
     """Where the chain of each slot ends, int32 [N, M]: a `chosen` one with a partner goes on to that."""
     size, block = partner.shape[1], 256
-    root = torch.empty_like(partner)
-    kernels().find_roots[(_blocks(size, block), len(partner))](chosen, partner, root, size, BLOCK=block)
+    for hops in (16, size):  # a long chain: few hops, then as many of them at a time
+        root = torch.empty_like(partner)
+        kernels().find_roots[(_blocks(size, block), len(partner))](
+            chosen, partner, root, size, hops, BLOCK=block
+        )
+        partner = root
     return root
 
 

@@ -69,7 +69,7 @@ class Merging:
 class FusedEdit(Edit):
     """Merges, then moves, then arrivals, all written where the slots are.
 
-    Slots that merge leave holes, which those at the end of the mergeable ones fill: no more move than arrived. The slots
+    Slots that merge leave holes, which those at the end of the mergeable ones fill: no more move than arrived. Slots
     behind close the gap. So the mergeable ones are no longer in order of age.
 
     Args:
@@ -162,7 +162,12 @@ def plan(
     slots = slots_of(policy, inside, extras["moment"])
     weight = slots.count
     partner, cost = match(
-        slots, inside["partner"].to(torch.int32).flatten(0, 1), known, frame, policy.weighting
+        slots,
+        inside["partner"].to(torch.int32).flatten(0, 1),
+        known,
+        frame,
+        policy.weighting,
+        policy.match_frames,
     )
     surplus = total - policy.capacity_slots()
     merging, middle = None, {"partner": partner}
@@ -197,7 +202,9 @@ def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
         projection = random_directions(0, 2 * width, policy.match_width, device)
     factor = moment_factors(expand_moment(moment, "full", width).flatten(0, 1))
     count = inside["count"].float().flatten(0, 1)
-    return FusedSlots.of(inside["key"], inside["value"], count, factor, policy.value_weight, projection)
+    return FusedSlots.of(
+        inside["key"], inside["value"], count, factor, policy.value_weight, projection, policy.cost_by
+    )
 
 
 def renewed(

@@ -135,6 +135,110 @@ def features(
     tl.store(offset + problem * size + row, norm * -0.5, mask=row < size)
 
 
+@triton.jit(do_not_specialize=["size"])
+def project(
+    key, value, key_mean, value_mean, key_map, value_map, out, offset, size,
+    key_stride, key_row, value_stride, value_row,
+    D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out [N, M, W] = (key - mean) key_map + (value - mean) value_map of slots [N, M, D]; maps [N, D, W].
+
+    offset [N, M] = -|out|^2 / 2, of the rounded numbers.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < size
+    column = tl.arange(0, WIDTH)
+    used = column < D
+    mask = inside[:, None] & used[None, :]
+    few = tl.arange(0, W)
+    entry = problem * D * W + column[:, None] * W + few[None, :]
+    kind = key_map.dtype.element_ty
+    mean = tl.load(key_mean + problem * D + column, mask=used, other=0)
+    keys = tl.load(key + problem * key_stride + row[:, None] * key_row + column[None, :], mask=mask, other=0)
+    keys = (keys.to(tl.float32) - mean[None, :]).to(kind)
+    seen = product(keys, tl.load(key_map + entry, mask=used[:, None], other=0), PRECISION, UPCAST)
+    mean = tl.load(value_mean + problem * D + column, mask=used, other=0)
+    at = problem * value_stride + row[:, None] * value_row + column[None, :]
+    values = tl.load(value + at, mask=mask, other=0)
+    values = (values.to(tl.float32) - mean[None, :]).to(kind)
+    seen += product(values, tl.load(value_map + entry, mask=used[:, None], other=0), PRECISION, UPCAST)
+    seen = seen.to(out.dtype.element_ty)
+    tl.store(out + problem * size * W + row[:, None] * W + few[None, :], seen, mask=inside[:, None])
+    seen = seen.to(tl.float32)
+    tl.store(offset + problem * size + row, tl.sum(seen * seen, 1) * -0.5, mask=inside)
+
+
+@triton.jit
+def scores(held, keys, offsets, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """q.k + offset [Q, K] of rows held [Q, W] and keys [K, W]."""
+    return product(held, tl.trans(keys), PRECISION, UPCAST) + offsets[None, :]
+
+
+@triton.jit
+def with_tile(score, tile, MASK: tl.constexpr):
+    """Scores whose lowest bits are the number of their tile: the larger of two then says where it is from."""
+    bits = score.to(tl.int32, bitcast=True)
+    return ((bits & ~MASK) | tile).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["size", "known", "frame", "least"])
+def nearest_newer(
+    x, offset, found, size, known, frame, least,
+    F: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """found int32 [N, M]: the slot with the largest x_i.x_j + offset_j among those that entered, in a later frame.
+
+    x [N, M, F], offset [N, M]. Slots from `known` on entered, in frames of `frame`; those before known + least are not
+    searched. Scores keep all but the lowest bits, MASK of them, which say in which tile of K slots the best of each
+    lane was: of scores that agree in the rest, which wins is fixed but arbitrary. Lanes are compared once, at the end.
+    """
+    nowhere = -3.0e38
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * Q + tl.arange(0, Q)
+    inside = row < size - frame  # the newest frame has nothing newer
+    entered = size - known
+    x += problem * size * F
+    offset += problem * size
+    column = tl.arange(0, WIDTH)
+    used = (column < F)[None, :]
+    at = row.to(tl.int64)[:, None] * F + column[None, :]
+    held = tl.load(x + at, mask=inside[:, None] & used, other=0)
+    low = tl.where(row < known, 0, (row - known) // frame * frame + frame)
+    low = tl.minimum(tl.maximum(low, least), entered)
+    lane = tl.arange(0, K)
+    best = tl.full([Q, K], nowhere, tl.float32)
+    x += known.to(tl.int64) * F
+    offset += known
+    start = tl.min(tl.where(inside, low, entered), 0) // K * K
+    clear = tl.minimum((tl.max(tl.where(inside, low, 0), 0) + K - 1) // K * K, entered // K * K)
+    for first in range(start, clear, K):  # some of these are no later frame to some rows
+        slot = first + lane
+        keys = tl.load(x + slot[:, None] * F + column[None, :], mask=used, other=0)
+        score = scores(held, keys, tl.load(offset + slot), PRECISION, UPCAST)
+        score = tl.where(slot[None, :] >= low[:, None], score, nowhere)
+        best = tl.maximum(best, with_tile(score, first // K, MASK))
+    for first in range(tl.maximum(start, clear), entered // K * K, K):
+        slot = first + lane
+        keys = tl.load(x + slot[:, None] * F + column[None, :], mask=used, other=0)
+        score = scores(held, keys, tl.load(offset + slot), PRECISION, UPCAST)
+        best = tl.maximum(best, with_tile(score, first // K, MASK))
+    slot = entered // K * K + lane
+    there = slot < entered
+    keys = tl.load(x + slot[:, None] * F + column[None, :], mask=there[:, None] & used, other=0)
+    score = scores(held, keys, tl.load(offset + slot, mask=there, other=0), PRECISION, UPCAST)
+    score = tl.where(there[None, :] & (slot[None, :] >= low[:, None]), score, nowhere)
+    best = tl.maximum(best, with_tile(score, entered // K, MASK))
+
+    top = tl.max(best, 1)
+    slot = (best.to(tl.int32, bitcast=True) & MASK) * K + lane[None, :]
+    first_best = tl.min(tl.where(best == top[:, None], slot, 2147483647), 1)
+    index = tl.where(inside & (top > -1.0e38), known + first_best, -1)
+    tl.store(found + problem * size + row, index, mask=row < size)
+
+
 @triton.jit
 def pair_cost(here, x, count, own, other, column, used, F: tl.constexpr, WEIGHTING: tl.constexpr):
     """Cost [Q] of merging rows here [Q, F], which stand for `own` [Q] tokens, into slots `other` [Q]; inf where -1."""
@@ -268,11 +372,12 @@ def places(flags, rows, size, number, BLOCK: tl.constexpr, WANTED: tl.constexpr)
         before += tl.sum(take.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["size"])
-def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
-    """root int32 [N, M]: where the chain of merges that starts at each slot ends.
+@triton.jit(do_not_specialize=["size", "hops"])
+def find_roots(chosen, partner, root, size, hops, BLOCK: tl.constexpr):
+    """root int32 [N, M]: where the chain of merges that starts at each slot ends, or where it is after `hops` of them.
 
-    A slot with `chosen` uint8 [N, M] set and a partner int32 [N, M] >= 0 merges into that; others end chains.
+    A slot with `chosen` uint8 [N, M] set and a partner int32 [N, M] >= 0 merges into that; others end chains. They
+    are acyclic, and may be as long as there are slots: a second call hops along what the first one found.
     """
     problem = tl.program_id(1).to(tl.int64)
     chosen += problem * size
@@ -281,12 +386,12 @@ def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
     inside = slot < size
     here = slot
     moving = inside
-    more = 1
-    while more > 0:
+    left = hops
+    while left > 0:
         to = tl.load(partner + here, mask=moving, other=-1)
-        moving = moving & (tl.load(chosen + here, mask=moving, other=0) != 0) & (to >= 0)
+        moving = moving & (tl.load(chosen + here, mask=moving, other=0) != 0) & (to >= 0) & (to != here)
         here = tl.where(moving, to, here)
-        more = tl.max(moving.to(tl.int32), 0)
+        left = tl.where(tl.max(moving.to(tl.int32), 0) > 0, left - 1, 0)
     tl.store(root + problem * size + slot, here, mask=inside)
 
 

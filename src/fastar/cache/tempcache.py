@@ -16,7 +16,7 @@ from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.ann.launch import check_triton
 from fastar.ann.similarity import SIMILARITIES, Similarity
-from fastar.cache.allocation import Candidates, choose, match, renew
+from fastar.cache.allocation import Candidates, CostBy, choose, match, renew
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
 from fastar.cache.change import Change, Joined, Scratch
@@ -68,7 +68,9 @@ class TempCache(BudgetedPolicy):
             an exact search of their own; for the default similarity, slots of 16 bits and groups that each head makes
             for itself. Commits of several chunks (a prefill) are plain.
         match_width: numbers that a search for partners compares, a power of two, at least 16: the features along so
-            many random directions. Costs are of all features whatever it is. None: all.
+            many random directions. None: all.
+        match_frames: newest frames of those that enter in which a search looks for partners. None: all.
+        cost_by: what costs are of: all `features`, or those `searched` by, along the directions of `match_width`.
         layers_at_once: with `fused`, most layers whose plans are made together; more need more memory for the moment,
             4 D bytes a slot and head each.
         budget: see `BudgetedPolicy`.
@@ -95,6 +97,8 @@ class TempCache(BudgetedPolicy):
         matcher: Matcher | None = None,
         commit_by: Literal["plain", "fused"] = "plain",
         match_width: int | None = None,
+        match_frames: int | None = None,
+        cost_by: CostBy = "features",
         layers_at_once: int = 30,
         **budget: Unpack[BudgetOptions],
     ) -> None:
@@ -119,6 +123,7 @@ class TempCache(BudgetedPolicy):
         self.rounds, self.refresh, self.moment, self.moment_horizon = rounds, refresh, moment, moment_horizon
         self.matcher = ExactMatcher() if matcher is None else matcher
         self.commit_by, self.match_width, self.layers_at_once = commit_by, match_width, layers_at_once
+        self.match_frames, self.cost_by = match_frames, cost_by
         self._check_commit_by()
 
     def _check_commit_by(self) -> None:
@@ -126,8 +131,11 @@ class TempCache(BudgetedPolicy):
         width = self.match_width
         if width is not None and (width < 16 or width & (width - 1)):
             raise ValueError(f"match_width must be a power of two and at least 16, got {width}")
-        if self.layers_at_once < 1:
-            raise ValueError(f"layers_at_once must be at least 1, got {self.layers_at_once}")
+        if self.layers_at_once < 1 or (self.match_frames is not None and self.match_frames < 1):
+            raise ValueError(
+                f"layers_at_once and match_frames must be at least 1, got {self.layers_at_once} and {self.match_frames}"
+            )
+        check_choice("cost_by", self.cost_by, ("features", "searched"))
         if self.commit_by == "plain":
             return
         check_triton()
@@ -138,6 +146,8 @@ class TempCache(BudgetedPolicy):
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 raise ValueError(f"commit_by=fused needs {name}={value}, got {getattr(self, name)}")
+        if self.cost_by == "searched" and self.key != "mean":
+            raise ValueError(f"commit_by=fused with cost_by=searched needs key=mean, got {self.key}")
         if self.key == "medoid" or self._format.bits != 16:
             raise ValueError(
                 f"commit_by=fused needs key=mean or last and slot_bits=16, got {self.key} and {self._format.bits}"
@@ -302,6 +312,8 @@ class TempCache(BudgetedPolicy):
             per_head=self.per_head,
             moment=self.moment,
             match_width=self.match_width,
+            match_frames=self.match_frames,
+            cost_by=self.cost_by,
         )
 
     def _shrink(
@@ -335,6 +347,7 @@ class TempCache(BudgetedPolicy):
                 partner,
                 candidates.key_width,
                 candidates.projection,
+                candidates.cost_by,
             )
             frame, search = self.spec.tokens_per_frame, self.matcher.exact()
             partner = renew(left, cost.gather(1, keep), renewed, frame, self.weighting, search)
