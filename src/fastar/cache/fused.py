@@ -95,23 +95,24 @@ class FusedSlots:
         return cls(features, searched, offset, count)
 
 
-def moments(x: Tensor, *, full: bool = True, span: int = _SPAN) -> tuple[Tensor, Tensor]:
+def moments(*parts: Tensor, full: bool = True, span: int = _SPAN) -> tuple[Tensor, Tensor]:
     """Sum of x [B, H, M, D] over M, [N, D], and of x x^T, [N, D, D], or of the squares, [N, D], float32.
 
-    span: rows that are summed at once.
+    parts: of the same shape, x as one after the other along B. span: rows that are summed at once.
     """
-    batch, heads, size, width = x.shape
-    parts = _blocks(size, span)
-    lead = (batch * heads, parts, width)
-    sums = x.new_empty(lead, dtype=torch.float32)
-    squares = x.new_empty((*lead, width) if full else lead, dtype=torch.float32)
-    x = x if x.stride(3) == 1 else x.contiguous()
-    kernels().moments[(parts, batch * heads)](
-        x, sums, squares, size, span, heads, *x.stride()[:3],
-        D=width, WIDTH=_padded(width), BLOCK=64,
-        FULL=full, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8, num_stages=4,
-    )  # fmt: skip
-    return sums.sum(1), squares.sum(1)
+    batch, heads, size, width = parts[0].shape
+    spans = _blocks(size, span)
+    lead = (len(parts), batch * heads, spans, width)
+    sums = parts[0].new_empty(lead, dtype=torch.float32)
+    squares = sums.new_empty((*lead, width) if full else lead)
+    for number, part in enumerate(parts):
+        x = part if part.stride(3) == 1 else part.contiguous()
+        kernels().moments[(spans, batch * heads)](
+            x, sums[number], squares[number], size, span, heads, *x.stride()[:3],
+            D=width, WIDTH=_padded(width), BLOCK=64,
+            FULL=full, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8, num_stages=4,
+        )  # fmt: skip
+    return sums.flatten(0, 1).sum(1), squares.flatten(0, 1).sum(1)
 
 
 def moment_factors(moment: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from fastar.cache.slots import Slots
 if TYPE_CHECKING:
     from fastar.cache.tempcache import TempCache
 
-_QUERY_SPAN = 1024  # queries of one layer that a program sums: few problems must fill the device
+_QUERY_SPAN = 512  # queries of one layer that a program sums: few problems must fill the device
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class FusedEdit(Edit):
         slots: those in use, in `buffer`.
         middle: fields of the mergeable slots that stay, from slot `start` on.
         merging: None for no merges.
-        arrivals: by layer, to be written behind the slots that stay.
+        arrivals: to be written behind the slots that stay; None: they are among the slots.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class FusedEdit(Edit):
         start: int,
         middle: dict[str, Tensor],
         merging: Merging | None,
-        arrivals: Sequence[Slots],
+        arrivals: Arrivals | None,
     ) -> None:
         super().__init__(Change(Joined(slots, buffer.narrow(0, 0))), buffer, Scratch())
         self._start, self._middle, self._merging, self._behind = start, middle, merging, arrivals
         self._used = slots.size
         self._kept = slots.size - (0 if merging is None else merging.surplus)
-        self.size = self._kept + (arrivals[0].size if arrivals else 0)
+        self.size = self._kept + (0 if arrivals is None else arrivals.size)
 
     def apply(self, buffer: Slots) -> None:
         merging = self._merging
@@ -107,14 +107,47 @@ class FusedEdit(Edit):
                 close_gap(tensor, merging.stop - merging.surplus, merging.surplus, self._used)
         for name, new in self._middle.items():
             buffer[name][:, :, self._start : self._start + new.shape[2]] = new
-        write_arrivals(buffer, self._kept, self._behind)
+        if self._behind is not None:
+            self._behind.write(buffer, self._kept)
 
 
-def write_arrivals(buffer: Slots, at: int, arrivals: Sequence[Slots]) -> None:
-    """Write each layer's arrivals to its part of `buffer`, from slot `at` on."""
-    for layer, slots in enumerate(arrivals):
-        parts = {name: tensor.chunk(len(arrivals))[layer] for name, tensor in buffer.fields.items()}
-        Slots(parts).write(at, slots)
+@dataclass(frozen=True)
+class Arrivals:
+    """The tokens of a commit.
+
+    Attributes:
+        vectors: by layer, keys and values.
+        numbers: the other fields, [B, H, L], the same in all layers.
+    """
+
+    vectors: Sequence[Slots]
+    numbers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, policy: TempCache, staged: Sequence[Staged], dtype: torch.dtype) -> Arrivals:
+        """As they were staged, by layer."""
+        numbers = policy.encode(staged[0]).fields
+        vectors = [Slots({"key": each.k.to(dtype), "value": each.v.to(dtype)}) for each in staged]
+        return cls(vectors, {name: x for name, x in numbers.items() if name not in ("key", "value")})
+
+    @property
+    def size(self) -> int:
+        """How many in each layer."""
+        return self.vectors[0].size
+
+    def copied(self) -> Arrivals:
+        """The same elsewhere in memory."""
+        vectors = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in self.vectors]
+        return Arrivals(vectors, self.numbers)
+
+    def write(self, buffer: Slots, at: int) -> None:
+        """To the layers [layers * B, ...] of a buffer, from slot `at` on."""
+        for layer, slots in enumerate(self.vectors):
+            parts = {name: buffer[name].chunk(len(self.vectors))[layer] for name in slots.fields}
+            Slots(parts).write(at, slots)
+        for name, x in self.numbers.items():
+            place = buffer[name][:, :, at : at + self.size]
+            place.unflatten(0, (len(self.vectors), -1)).copy_(x)
 
 
 def plan(
@@ -145,15 +178,17 @@ def plan(
     spec, filled, arrived = policy.spec, policy.filled, staged[0].k.shape[2]
     frame, total = spec.tokens_per_frame, filled + arrived
     extras = observed(policy, staged, extras)
-    arrivals = [policy.encode(each) for each in staged]
-    if filled < policy.capacity_slots() < total:  # in this one commit they may lie where they are to go
-        arrivals = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in arrivals]
+    arrivals: Arrivals | None = Arrivals.of(policy, staged, buffer["key"].dtype)
     start, stop, known = policy.regions(total, arrived)
     if stop > filled:  # arrivals take part: they join the slots at once, in the room behind them
-        write_arrivals(buffer, filled, arrivals)
-        arrivals, size = [], total
+        arrivals.write(buffer, filled)
+        arrivals, size = None, total
     else:
         size = filled
+        if (
+            policy.capacity_slots() < total < policy.capacity_slots() + arrived
+        ):  # this once they may lie where they go
+            arrivals = arrivals.copied()
     used = buffer.narrow(0, size)
     if known == stop - start:  # none entered
         return FusedEdit(used, buffer, start, {}, None, arrivals), extras
@@ -243,9 +278,9 @@ def observed(policy: TempCache, staged: Sequence[Staged], extras: dict[str, Tens
     """`extras` with the arriving queries taken into the second moments of all layers."""
     spec = policy.spec
     tables, arrived = spec.rope.tables(staged[0].positions), staged[0].k.shape[2]
-    queries = (apply_rotation(each.q_raw, tables) if each.q is None else each.q for each in staged)
-    second = [moments(q, span=_QUERY_SPAN)[1] for q in queries]
-    moment = pack_moment(torch.cat(second).unflatten(0, (-1, spec.num_heads)) / arrived)
+    queries = [apply_rotation(each.q_raw, tables) if each.q is None else each.q for each in staged]
+    second = moments(*queries, span=_QUERY_SPAN)[1]
+    moment = pack_moment(second.unflatten(0, (-1, spec.num_heads)) / arrived)
     seen = extras["observed"] + 1
     share = (1 / seen).clamp_min(1 / policy.moment_horizon)[:, None].expand(-1, spec.batch).reshape(-1, 1, 1)
     old = extras["moment"]
