@@ -185,9 +185,7 @@ def plan(
         arrivals, size = None, total
     else:
         size = filled
-        if (
-            policy.capacity_slots() < total < policy.capacity_slots() + arrived
-        ):  # this once they may lie where they go
+        if filled < policy.capacity_slots() < total:  # in this one commit they may lie where they are to go
             arrivals = arrivals.copied()
     used = buffer.narrow(0, size)
     if known == stop - start:  # none entered
