@@ -4,7 +4,8 @@ Run as a program: `python -m tests.ann.compile_kernels`. Fails if a kernel does 
 than a block may have, spills registers, or does without the instructions it was written for.
 """
 
-from fastar.ann import kernels
+from fastar.ann import bucket_kernels, kernels
+from fastar.ann.codes import ROWS, WIDTH
 from fastar.ann.launch import BUCKET_TILES, CODE_TILE, TILES, WIDE_TILE, Tile
 from tests import hopper
 from tests.hopper import report
@@ -44,6 +45,13 @@ def main() -> None:
     report("nearest_code", compiled(kernels.nearest_code, "i32", CODE_TILE, W=8, EXCLUDE=True), "popc")
     squares = compiled(kernels.halved_squares, "bf16", TILES[2], D=256, BLOCK=64, MASKED=True)
     report("halved_squares", squares, "ld.global")
+    types = {"x": "*bf16", "vectors": "*bf16", "offset": "*fp32", "out": "*i64"}
+    for signs, count in ((True, 16), (False, 32), (False, 256)):
+        constants = {"D": 128, "WIDTH": WIDTH, "ROWS": ROWS, "COUNT": count, "SIGNS": signs, "UPCAST": False}
+        result = hopper.compiled(
+            bucket_kernels.codes, types, constants, ("x_problem", "x_row", "vectors_problem")
+        )
+        report(f"codes of {count}, signs={signs}", result, "mma.*bf16")
     report("merge_partials", compiled(kernels.merge_partials, "fp32", TILES[4], BLOCK=256), "ld.global")
 
 

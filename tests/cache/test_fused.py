@@ -15,7 +15,7 @@ from torch import Tensor
 from fastar import cache
 from fastar.ann.similarity import moment_factor, random_directions
 from fastar.attention.rope import RotaryEmbedding, grid_positions
-from fastar.benchmark.commit import FAST, CommitGeometry, StandIn, commit_rows, stage
+from fastar.benchmark.commit import FAST, CommitGeometry, StandIn, commit_rows, place, stage
 from fastar.cache import fused, merge
 from fastar.cache.policy import SlotPolicy
 from tests.dispatch import Watched
@@ -48,17 +48,24 @@ def whole(*shape: int, device: torch.device) -> Tensor:
     return torch.randint(-3, 4, shape).float().to(device)
 
 
-def committed(policy: Any, device: torch.device, chunks: int = 5, layers: int = 1, heads: int = 1) -> Any:
+def committed(
+    policy: Any, device: torch.device, chunks: int = 5, layers: int = 1, heads: int = 1, **sizes: Any
+) -> Any:
     """After commits of two frames; little of everything, since the interpreter takes its time."""
-    bound(policy, device=device, layers=layers, batch=1, num_heads=heads, chunk_frames=2)
+    bound(policy, device=device, layers=layers, batch=1, num_heads=heads, chunk_frames=2, **sizes)
     for number in range(chunks):
         for layer in range(layers):
-            chunk = random_chunk(1000 * layer + number, 2 * number, device=device)
-            for name in ("q_raw", "k_raw", "k", "v"):
-                setattr(chunk, name, getattr(chunk, name)[:1, :heads])
-            policy.stage(layer, chunk)
+            policy.stage(layer, few(random_chunk(1000 * layer + number, 2 * number, device=device), heads))
+        if sizes:  # where attention leaves them
+            for layer, chunk in policy.staged.items():
+                place(policy, layer, chunk)
         policy.commit(2 * number, 2)
     return policy
+
+
+def few(chunk: cache.Staged, heads: int) -> cache.Staged:
+    q, q_raw, k, v = (x[:1, :heads] for x in (chunk.q_raw, chunk.k_raw, chunk.k, chunk.v))
+    return cache.Staged(q, q_raw, k, v, chunk.positions)
 
 
 def fields(policy: SlotPolicy, layer: int) -> dict[str, Tensor]:
@@ -93,10 +100,7 @@ def test_a_fused_commit_waits_for_nothing_and_writes_without_allocating() -> Non
     device = torch.device("cpu")
     policy = committed(cache.TempCache(commit_by="fused", budget_frames=8), device, chunks=4)
     before = policy.state_dict()
-    chunk = random_chunk(9, 8)
-    for name in ("q_raw", "k_raw", "k", "v"):
-        setattr(chunk, name, getattr(chunk, name)[:1, :1])
-    policy.stage(0, chunk)
+    policy.stage(0, few(random_chunk(9, 8), 1))
     prepared = policy.prepare(8, 2)
     for name, x in policy.state_dict().items():
         assert torch.equal(before[name], x) if isinstance(x, Tensor) else before[name] == x
@@ -105,11 +109,13 @@ def test_a_fused_commit_waits_for_nothing_and_writes_without_allocating() -> Non
     assert not watched.waiting and policy.filled == policy.capacity_slots()
 
 
-def test_the_same_input_gives_the_same_bits_however_many_layers_go_together(device: torch.device) -> None:
-    options: dict[str, Any] = {"commit_by": "fused", "budget_frames": 7, "rounds": 1}
-    one, two = (committed(cache.TempCache(layers_at_once=n, **options), device, 4, layers=2) for n in (1, 2))
+def test_the_same_bits_however_layers_go_together_and_wherever_arrivals_lie(device: torch.device) -> None:
+    options: dict[str, Any] = {"commit_by": "fused", "budget_frames": 12, "rounds": 1, **FLOAT}
+    apart = committed(cache.TempCache(layers_at_once=1, **options), device, layers=2)
+    together = committed(cache.TempCache(**options), device, layers=2, key_width=16)
+    assert together._buffers.keys_values(0)[0].shape[-1] == 16
     for layer in range(2):
-        expected, found = fields(one, layer), fields(two, layer)
+        expected, found = fields(apart, layer), fields(together, layer)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -246,12 +252,10 @@ def test_commits_of_several_chunks_are_plain(device: torch.device) -> None:
         bound(policy, device=device, layers=1, batch=1, num_heads=1, chunk_frames=2)
         first = 0
         for step in steps:
-            chunk = random_chunk(0, 0, 12, device=device)
-            for name in ("q_raw", "k_raw", "k", "v"):
-                x = getattr(chunk, name)[:1, :1, first * TOKENS : (first + step) * TOKENS]
-                setattr(chunk, name, x)
-            chunk.positions = chunk.positions[first * TOKENS : (first + step) * TOKENS]
-            policy.stage(0, chunk)
+            chunk = few(random_chunk(0, 0, 12, device=device), 1)
+            part = slice(first * TOKENS, (first + step) * TOKENS)
+            vectors = (x[:, :, part] for x in (chunk.q_raw, chunk.k_raw, chunk.k, chunk.v))
+            policy.stage(0, cache.Staged(*vectors, positions=chunk.positions[part]))
             policy.commit(first, step)
             first += step
         found.append(fields(policy, 0))
@@ -269,10 +273,7 @@ def test_after_a_rewrite_no_slot_enters_twice(device: torch.device) -> None:
     for policy in (fused_policy, plain):
         policy.drop_from(8)
         for frame in (8, 10):
-            chunk = random_chunk(frame, frame, device=device)
-            for name in ("q_raw", "k_raw", "k", "v"):
-                setattr(chunk, name, getattr(chunk, name)[:1, :1])
-            policy.stage(0, chunk)
+            policy.stage(0, few(random_chunk(frame, frame, device=device), 1))
             policy.commit(frame, 2)
     other = bound(cache.TempCache(**options), device=device, layers=1, batch=1, num_heads=1, chunk_frames=2)
     other.load_state_dict(fused_policy.state_dict())
@@ -324,7 +325,7 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
     dense.bind(GEOMETRY.spec(torch.device("cuda")))
     contents = StandIn(GEOMETRY, torch.device("cuda"))
     for _ in range(6):
-        stage(dense, contents.chunk())  # type: ignore[arg-type]
+        stage(dense, contents.chunk())
         dense.commit(dense.next_frame, GEOMETRY.chunk_frames)
     q = dense.view(0).k[:, :, -500:].float()
 

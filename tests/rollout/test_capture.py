@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastar.ann import KMeansBucketizer, LSHBucketizer
 from fastar.attention.state import AttentionState
 from fastar.backbones import Backbone, Prompts
 from fastar.cache import (
@@ -22,7 +23,8 @@ from fastar.cache import (
 from fastar.rollout import capture
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.rollout import NonFiniteError, Rollout
-from tests.small import small_loop, text_backbone
+from fastar.sparsity import AnnSA, Dense, Selector
+from tests.small import ACTIONS, small_backbone, small_loop, text_backbone
 
 CHUNK = 3
 FRAMES = 14 * CHUNK
@@ -36,6 +38,14 @@ POLICIES: dict[str, Callable[[], CachePolicy]] = {
     "int4": lambda: WindowCache(budget_frames=3, slot_bits=4),
     "dense": lambda: DenseCache(storage="float32"),
 }
+SCHEDULE = {"density": 0.4, "block_q": 16, "block_k": 16, "warmup_share": 0.0, "min_dense_steps": 0}
+
+SELECTORS: dict[str, Callable[[], Selector]] = {
+    "dense": Dense,
+    "lsh": lambda: AnnSA(bucketizer=LSHBucketizer(bits=3), **SCHEDULE),
+    "kmeans": lambda: AnnSA(bucketizer=KMeansBucketizer(clusters=8, iterations=2), commit_dense=False, **SCHEDULE),
+    "every pass": lambda: AnnSA(bucketizer=LSHBucketizer(bits=3), rebuild="pass", **SCHEDULE),
+}  # fmt: skip
 
 
 class OnCpu:
@@ -58,12 +68,18 @@ def reader() -> Backbone:
     return text_backbone()
 
 
-def rollout_of(backbone: Backbone, policy: Callable[[], CachePolicy], *, capture: bool) -> Rollout:
+def rollout_of(
+    backbone: Backbone,
+    policy: Callable[[], CachePolicy],
+    selector: Callable[[], Selector] = Dense,
+    *,
+    capture: bool,
+) -> Rollout:
     generator = torch.Generator().manual_seed(3)
     words = Prompts(torch.randn(1, 5, 48, generator=generator), lengths=torch.tensor([5]))
     return start_rollout(
-        backbone, Method(name="x", cache=policy), loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7], prompts=words,
-        capture=capture,
+        backbone, Method(name="x", cache=policy, self_attention=selector),
+        loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7], prompts=words, capture=capture,
     )  # fmt: skip
 
 
@@ -71,20 +87,41 @@ def video(rollout: Rollout, frames: int = FRAMES) -> Tensor:
     return torch.cat([chunk.cpu() for chunk in rollout.generate(frames)], 1)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("name", "selector"), [
+    *((name, "dense") for name in POLICIES), ("tempcache", "lsh"), ("stock", "lsh"), ("window", "kmeans"),
+    ("tempcache", "every pass"),
+])  # fmt: skip
 def test_the_bits_are_those_of_plain_passes(
-    name: str, reader: Backbone, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str, selector: str, reader: Backbone, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device.type == "cpu":
         monkeypatch.setattr(capture, "Graphs", OnCpu)
     reader.transformer.to(device)
-    plain, captured = (rollout_of(reader, POLICIES[name], capture=flag) for flag in (False, True))
+    plain, captured = (
+        rollout_of(reader, POLICIES[name], SELECTORS[selector], capture=flag) for flag in (False, True)
+    )
     assert torch.equal(video(plain), video(captured))
     saved = [rollout.state_dict()["attention"]["cache"] for rollout in (plain, captured)]
     assert saved[0].keys() == saved[1].keys()
     for key, value in saved[0].items():
         same = torch.equal(value, saved[1][key]) if isinstance(value, Tensor) else value == saved[1][key]
         assert same, key
+
+
+def test_actions_are_read_anew_in_every_pass(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(capture, "Graphs", OnCpu)
+    backbone = small_backbone()
+    backbone.transformer.to(device)
+    actions = torch.randint(ACTIONS, (1, 24), generator=torch.Generator().manual_seed(2))
+    policy = partial(WindowCache, budget_frames=8, storage="float32")
+    videos = []
+    for captured in (False, True):
+        rollout = start_rollout(
+            backbone, Method(name="x", cache=policy), loop=small_loop(), seeds=[7], capture=captured
+        )
+        videos.append(torch.cat([chunk.cpu() for chunk in rollout.generate(24, actions)], 1))
+    assert torch.equal(*videos)
 
 
 def test_a_saved_rollout_goes_on(
@@ -140,10 +177,11 @@ def test_what_cannot_be_captured_is_refused(reader: Backbone, monkeypatch: pytes
 
 
 @pytest.mark.gpu
-def test_no_chunk_waits_for_the_device(reader: Backbone) -> None:
+@pytest.mark.parametrize("selector", ["dense", "lsh", "kmeans"])
+def test_no_chunk_waits_for_the_device(selector: str, reader: Backbone) -> None:
     """From the second chunk of a full cache on, the host looks once a chunk: at whether it is finite."""
     reader.transformer.to("cuda")
-    rollout = rollout_of(reader, POLICIES["tempcache"], capture=True)
+    rollout = rollout_of(reader, POLICIES["tempcache"], SELECTORS[selector], capture=True)
     video(rollout, 12 * CHUNK)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

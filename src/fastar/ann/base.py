@@ -62,7 +62,7 @@ class Bucketizer(ABC):
 
     @abstractmethod
     def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Buckets of queries [N, n, d] and keys [N, m, d] as int64 [N, n] and [N, m].
+        """Buckets of queries [N, n, d] and keys [N, m, d] as int64 [N, n] and [N, m], from 0 to 2^16 - 1.
 
         Ids are comparable within one of the N problems only. Keys that are not `valid` [N, m] change no other bucket,
         and theirs mean nothing; None: all are.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Excluded, Matcher, Metric, check_features, seeded_planes
+from fastar.ann.codes import codes_of
 from fastar.ann.exact import no_match
 from fastar.ann.launch import BUCKET_TILES, CODE_TILE, FusedSearch, Precision, Tile, check_triton, tile_for
-from fastar.ann.lsh import check_lsh, codes_of, mean_key
+from fastar.ann.lsh import check_lsh, mean_key
 from fastar.ann.quantized import check_code_bits, code_scale, codes_at
 
 

@@ -16,6 +16,7 @@ from fastar.ann.base import (
     key_offset,
     seeded_planes,
 )
+from fastar.ann.codes import sign_codes
 from fastar.ann.exact import ExactMatcher, no_match
 
 
@@ -107,9 +108,11 @@ class LSHBucketizer(Bucketizer):
     def buckets(self, queries: Tensor, keys: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(queries, keys, valid)
         planes = seeded_planes(self.seed, keys.shape[2], self.bits, like=keys)
-        queries = queries - queries.mean(1, keepdim=True) if self.centre_queries else queries
-        keys = keys - mean_key(keys, valid) if self.centre else keys
-        return codes_of(queries @ planes), codes_of(keys @ planes)
+        centres = (
+            queries.mean(1, keepdim=True) if self.centre_queries else None,
+            mean_key(keys, valid) if self.centre else None,
+        )
+        return sign_codes(queries, planes, centres[0]), sign_codes(keys, planes, centres[1])
 
 
 def check_bits(bits: int, most: int) -> None:
@@ -123,11 +126,6 @@ def check_lsh(bits: int, tables: int, radius: int) -> None:
     check_bits(bits, 30)
     if tables < 1 or not 0 <= radius < bits:
         raise ValueError(f"LSH needs tables >= 1 and 0 <= radius < bits; got {tables}, {radius} and {bits}")
-
-
-def codes_of(side: Tensor) -> Tensor:
-    """Signs [..., bits] as one integer [...]."""
-    return ((side > 0).long() << torch.arange(side.shape[-1], device=side.device)).sum(-1)
 
 
 def mean_key(keys: Tensor, valid: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from fastar.attention.places import PlaceMemory, Places
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
 from fastar.attention.text import Selection, TextStream
-from fastar.attention.working import WorkingKeys, WorkingMemory
+from fastar.attention.working import OrderedKeys, WorkingKeys, WorkingMemory
 from fastar.cache.base import CachePolicy, CacheSpec, Execute, Staged, at_once
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity import CrossSelector, Selector, SelectRequest
@@ -247,7 +247,10 @@ class AttentionState:
         working = self._memory.of(layer, k_raw)
         q = q_raw.new_empty(*q_raw.shape[:3], working.k.shape[3])
         current_k, current_v = (x[:, :, working.cached :] for x in (working.k, working.v))
-        Placement(q_raw, k_raw, v, self._require_places().turns, q, current_k, current_v).run()
+        ordered = self._standing(layer, context, working)
+        watched = context.commits or bool(self.recorders)  # by who takes the current tokens for the last ones
+        targets = (current_k, current_v) if ordered is None or watched else ordered.current
+        Placement(q_raw, k_raw, v, self._require_places().turns, q, *targets).run()
         if context.commits:
             current_k = current_k[..., : working.head_dim]
             self.cache.stage(
@@ -261,21 +264,43 @@ class AttentionState:
                     q=q[..., : working.head_dim],
                 ),
             )
+        if ordered is not None:
+            if watched:
+                for target, current in zip(ordered.current, (current_k, current_v), strict=True):
+                    target.copy_(current)
+            return self._execute_self(layer, context, q, working, ordered.source, ordered)
         outs = []
         for part, rows, keys in self._parts(context):
             own, seen, raw = q[:, :, rows], working.until(keys), (q_raw[:, :, rows], k_raw[:, :, :keys])
             plan = self._plan(layer, part, own[..., : seen.head_dim], seen, raw)
-            outs.append(self._execute_self(layer, part, own, seen, plan))
+            if plan is not None and self.self_selector.keeps_plans and not context.chunks:
+                ordered = self._memory.ordered(layer, seen, plan)
+            outs.append(self._execute_self(layer, part, own, seen, plan, ordered))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
+    def _standing(self, layer: int, context: PassContext, working: WorkingKeys) -> OrderedKeys | None:
+        """The past in the order of a plan that was made in an earlier pass, if there is one that this pass goes by."""
+        if context.chunks:
+            return None
+        total = working.k.shape[2]
+        plan = self.self_selector.standing(layer, context, total - working.cached, total)
+        return None if plan is None else self._memory.ordered(layer, working, plan)
+
     def _execute_self(
-        self, layer: int, context: PassContext, q: Tensor, keys: WorkingKeys, plan: BlockPlan | None
+        self,
+        layer: int,
+        context: PassContext,
+        q: Tensor,
+        keys: WorkingKeys,
+        plan: BlockPlan | None,
+        ordered: OrderedKeys | None = None,
     ) -> Tensor:
-        """Attention of q [B, H, L, W] over working keys of that width."""
-        log_count = None if keys.is_augmented else keys.log_count
+        """Attention of q [B, H, L, W] over working keys of that width, read where they are `ordered`, if given."""
+        read, by = (keys, plan) if ordered is None else (ordered, ordered.plan)
+        log_count = None if keys.is_augmented else read.log_count
         head_dim = keys.head_dim if keys.is_augmented else None
         out, _ = engines.attend(
-            q, keys.k, keys.v, log_count=log_count, plan=plan, head_dim=head_dim, engine=self.engine
+            q, read.k, read.v, log_count=log_count, plan=by, head_dim=head_dim, engine=self.engine
         )
         self._tell(
             AttendEvent(

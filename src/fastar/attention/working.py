@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastar.cache.base import CachePolicy
 from fastar.engines.augmented import write_log_counts
+from fastar.engines.plan import BlockPlan
+from fastar.engines.rows import gather_into
 
 
 @dataclass
@@ -55,10 +57,39 @@ class WorkingKeys:
         return replace(self, k=self.k[:, :, :stop], v=self.v[:, :, :stop], log_count=log_count)
 
 
+@dataclass
+class OrderedKeys:
+    """Working keys in the order of a plan, which begins with the current tokens.
+
+    Attributes:
+        source: the plan that the order is of.
+        k, v, log_count: as of `WorkingKeys`, in that order.
+        cached: slots behind the current tokens.
+    """
+
+    source: BlockPlan
+    k: Tensor
+    v: Tensor
+    log_count: Tensor | None
+    cached: int
+
+    @property
+    def plan(self) -> BlockPlan:
+        """The plan for keys that lie as these do."""
+        return self.source.on_ordered_keys
+
+    @property
+    def current(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the current tokens."""
+        count = self.k.shape[2] - self.cached
+        return self.k[:, :, :count], self.v[:, :, :count]
+
+
 class WorkingMemory:
     """The working keys of all layers, filled once a chunk and layer, at addresses that stay while sizes do.
 
-    They lie in the cache itself if it has room for them (`CachePolicy.room`), else in a copy.
+    They lie in the cache itself if it has room for them (`CachePolicy.room`), else in a copy. Layers whose plans are
+    kept for later passes have another copy, in the order of the plan: what is cached is put in order once a chunk.
 
     Args:
         cache: whose past is read.
@@ -69,10 +100,13 @@ class WorkingMemory:
         self.cache, self.key_width = cache, key_width
         self._current: dict[int, WorkingKeys] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ordered: dict[int, OrderedKeys] = {}
+        self._ordered_copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forget(self) -> None:
         """Read the cache once more in the next pass."""
         self._current.clear()
+        self._ordered.clear()
 
     def of(self, layer: int, like: Tensor) -> WorkingKeys:
         """The layer's past, with room for as many tokens as `like` [B, H, L, D] has, in its dtype."""
@@ -80,6 +114,23 @@ class WorkingMemory:
         if working is None or working.k.shape[2] - working.cached != like.shape[2]:
             working = self._current[layer] = self._fill(layer, like)
         return working
+
+    def ordered(self, layer: int, working: WorkingKeys, plan: BlockPlan) -> OrderedKeys:
+        """The layer's `working` keys in the order of `plan`, put there when it is first seen, the current ones too."""
+        kept = self._ordered.get(layer)
+        if kept is None or kept.source is not plan:
+            assert plan.key_order is not None
+            k, v = self._room_for(self._ordered_copies, layer, working.k.shape[2], working.v)
+            gather_into(k, working.k, plan.key_order)
+            gather_into(v, working.v, plan.key_order)
+            counts = working.log_count
+            counts = None if counts is None else counts.gather(2, plan.key_order)
+            kept = self._ordered[layer] = OrderedKeys(plan, k, v, counts, working.cached)
+        return kept
+
+    def bytes_ordered(self) -> int:
+        """Bytes of the copies in the order of plans."""
+        return sum(x.nbytes for copies in self._ordered_copies.values() for x in copies)
 
     def _fill(self, layer: int, like: Tensor) -> WorkingKeys:
         spec = self.cache.spec
@@ -91,7 +142,7 @@ class WorkingMemory:
         room, view = self.cache.room(layer, like.shape[2]), self.cache.view(layer)
         cached = view.k.shape[2]
         if room is None:
-            k, v = self._copy_of(layer, cached, like)
+            k, v = self._room_for(self._copies, layer, cached + like.shape[2], like)
             k[:, :, :cached, : like.shape[3]], v[:, :, :cached] = view.k, view.v
         else:
             k, v = room.k, room.v
@@ -106,11 +157,12 @@ class WorkingMemory:
         origins = view.positions if view.origins is None else view.origins
         return WorkingKeys(k, v, log_count, cached, view.positions, origins)
 
-    def _copy_of(self, layer: int, cached: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of this layer and size; their content is left from before."""
-        lead, total = like.shape[:2], cached + like.shape[2]
-        kept = self._copies.get(layer)
+    def _room_for(
+        self, copies: dict[int, tuple[Tensor, Tensor]], layer: int, total: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of this layer and as many tokens; their content is left from before."""
+        lead, kept = like.shape[:2], copies.get(layer)
         if kept is None or kept[1].shape[:3] != (*lead, total) or kept[1].dtype != like.dtype:
             kept = (like.new_empty(*lead, total, self.key_width), like.new_empty(*lead, total, like.shape[3]))
-            self._copies[layer] = kept
+            copies[layer] = kept
         return kept

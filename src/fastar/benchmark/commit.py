@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from fastar.ann.launch import Tile, nearest_allowed
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.benchmark.timing import timed
-from fastar.cache.base import CacheSpec, Staged
+from fastar.cache.base import CachePolicy, CacheSpec, Staged
 from fastar.cache.change import Scratch
 from fastar.cache.fused import choose, match, places_of_last
-from fastar.cache.fused_commit import kept, observed, plan, renewed, slots_of
+from fastar.cache.fused_commit import append, kept, observed, plan, renewed, slots_of
 from fastar.cache.tempcache import TempCache
 
 # conf/cache/tempcache_fast.yaml
@@ -120,10 +120,21 @@ def commit_rows(
         }
 
 
-def stage(policy: TempCache, chunk: Staged) -> None:
+def stage(policy: CachePolicy, chunk: Staged) -> None:
     """The same chunk in all layers."""
     for layer in range(policy.spec.num_layers):
-        policy.stage(layer, chunk)
+        place(policy, layer, chunk)
+
+
+def place(policy: CachePolicy, layer: int, chunk: Staged) -> None:
+    """Stage a chunk in one layer; where attention would have left it, if the policy has room for that."""
+    tokens, k, v = chunk.k.shape[2], chunk.k, chunk.v
+    room = policy.room(layer, tokens)
+    if room is not None:
+        k, v = room.k[:, :, -tokens:, : k.shape[-1]], room.v[:, :, -tokens:]
+        k.copy_(chunk.k)
+        v.copy_(chunk.v)
+    policy.stage(layer, replace(chunk, k=k, v=v))
 
 
 @torch.no_grad()
@@ -133,6 +144,7 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
     layers, arrived, frame = range(spec.num_layers), staged[0].k.shape[2], spec.tokens_per_frame
     extras = {name: torch.cat([own[name] for own in policy._extras]) for name in policy._extras[0]}
     buffer, total_slots = policy._buffers.part(layers), policy.filled + arrived
+    append(policy, buffer, staged)
     start, stop, known = policy.regions(total_slots, arrived)
     inside, surplus = buffer.narrow(start, stop), total_slots - policy.capacity_slots()
 
@@ -158,6 +170,7 @@ def _steps(policy: TempCache, device: torch.device, repeats: int) -> dict[str, f
         policy._take_in(policy._commit_layers(Scratch()))
 
     calls: dict[str, Callable[[], object]] = {
+        "append": lambda: append(policy, buffer, staged),
         "moment": lambda: observed(policy, staged, extras),
         "features": lambda: slots_of(policy, inside, extras["moment"]),
         "match": lambda: match(slots, old, known, frame, policy.weighting),

@@ -93,7 +93,8 @@ class CacheView:
 class Room:
     """A layer's slots where they lie, with memory for the current tokens behind them: what attention reads.
 
-    k: [B, H, S + tokens, W], W the `CacheSpec.key_width`, what is beyond head_dim for the engine. v: [B, H, S + tokens, D].
+    k: [B, H, S + tokens, W], W the `CacheSpec.key_width`; what is beyond head_dim is the engine's.
+    v: [B, H, S + tokens, D].
     """
 
     k: Tensor

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import interpreted, nearest_allowed
+from fastar.ann.launch import nearest_allowed
 from fastar.cache.allocation import CostBy
 from fastar.cache.merge import Weighting, rows_of
 from fastar.cache.moments import sampled
+from fastar.interpreter import interpreted
 
 _SPAN = 2048  # slots that one program sums
 _BLOCK = 4096  # slots that one program looks at at a time

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import interpreted
 from fastar.ann.similarity import random_directions
 from fastar.attention.rope import apply_rotation
 from fastar.cache.base import Staged
@@ -31,7 +30,8 @@ from fastar.cache.fused import (
     renew,
 )
 from fastar.cache.moments import expand_moment, pack_moment
-from fastar.cache.slots import Slots
+from fastar.cache.slots import Slots, pack_positions
+from fastar.interpreter import interpreted
 
 if TYPE_CHECKING:
     from fastar.cache.tempcache import TempCache
@@ -67,16 +67,15 @@ class Merging:
 
 
 class FusedEdit(Edit):
-    """Merges, then moves, then arrivals, all written where the slots are.
+    """Merges, then moves, both written where the slots are.
 
     Slots that merge leave holes, which those at the end of the mergeable ones fill: no more move than arrived. Slots
     behind close the gap. So the mergeable ones are no longer in order of age.
 
     Args:
-        slots: those in use, in `buffer`.
+        slots: those that there are, in `buffer`; arrivals are the last of them.
         middle: fields of the mergeable slots that stay, from slot `start` on.
         merging: None for no merges.
-        arrivals: to be written behind the slots that stay; None: they are among the slots.
     """
 
     def __init__(
@@ -86,13 +85,11 @@ class FusedEdit(Edit):
         start: int,
         middle: dict[str, Tensor],
         merging: Merging | None,
-        arrivals: Arrivals | None,
     ) -> None:
         super().__init__(Change(Joined(slots, buffer.narrow(0, 0))), buffer, Scratch())
-        self._start, self._middle, self._merging, self._behind = start, middle, merging, arrivals
-        self._used = slots.size
-        self._kept = slots.size - (0 if merging is None else merging.surplus)
-        self.size = self._kept + (0 if arrivals is None else arrivals.size)
+        self._start, self._middle, self._merging, self._used = start, middle, merging, slots.size
+        if merging is not None:
+            self.size = slots.size - merging.surplus
 
     def apply(self, buffer: Slots) -> None:
         merging = self._merging
@@ -107,47 +104,23 @@ class FusedEdit(Edit):
                 close_gap(tensor, merging.stop - merging.surplus, merging.surplus, self._used)
         for name, new in self._middle.items():
             buffer[name][:, :, self._start : self._start + new.shape[2]] = new
-        if self._behind is not None:
-            self._behind.write(buffer, self._kept)
 
 
-@dataclass(frozen=True)
-class Arrivals:
-    """The tokens of a commit.
+def append(policy: TempCache, buffer: Slots, staged: Sequence[Staged]) -> Slots:
+    """The slots in use and, behind them, those that were staged, by layer, for which there is room in `buffer`.
 
-    Attributes:
-        vectors: by layer, keys and values.
-        numbers: the other fields, [B, H, L], the same in all layers.
+    Keys and values that lie there already, as where attention read them, are not copied; the rest, which only depends
+    on positions, is written for all layers at once.
     """
-
-    vectors: Sequence[Slots]
-    numbers: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, policy: TempCache, staged: Sequence[Staged], dtype: torch.dtype) -> Arrivals:
-        """As they were staged, by layer."""
-        numbers = policy.encode(staged[0]).fields
-        vectors = [Slots({"key": each.k.to(dtype), "value": each.v.to(dtype)}) for each in staged]
-        return cls(vectors, {name: x for name, x in numbers.items() if name not in ("key", "value")})
-
-    @property
-    def size(self) -> int:
-        """How many in each layer."""
-        return self.vectors[0].size
-
-    def copied(self) -> Arrivals:
-        """The same elsewhere in memory."""
-        vectors = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in self.vectors]
-        return Arrivals(vectors, self.numbers)
-
-    def write(self, buffer: Slots, at: int) -> None:
-        """To the layers [layers * B, ...] of a buffer, from slot `at` on."""
-        for layer, slots in enumerate(self.vectors):
-            parts = {name: buffer[name].chunk(len(self.vectors))[layer] for name in slots.fields}
-            Slots(parts).write(at, slots)
-        for name, x in self.numbers.items():
-            place = buffer[name][:, :, at : at + self.size]
-            place.unflatten(0, (len(self.vectors), -1)).copy_(x)
+    size, arrived = policy.filled, staged[0].k.shape[2]
+    for layer, each in enumerate(staged):
+        own = {name: buffer[name].chunk(len(staged))[layer] for name in ("key", "value")}
+        Slots(own).write(size, Slots({"key": each.k, "value": each.v}))
+    position = pack_positions(staged[0].positions)
+    metadata = policy.metadata((1, 1, arrived), position.device)
+    for name, tensor in {"position": position[None, None], **metadata}.items():
+        buffer[name][:, :, size : size + arrived] = tensor
+    return buffer.narrow(0, size + arrived)
 
 
 def plan(
@@ -175,21 +148,13 @@ def plan(
         raise ValueError(
             f"commit_by=fused runs on a GPU, not on {policy.spec.device.type}: set commit_by=plain"
         )
-    spec, filled, arrived = policy.spec, policy.filled, staged[0].k.shape[2]
-    frame, total = spec.tokens_per_frame, filled + arrived
+    spec, arrived = policy.spec, staged[0].k.shape[2]
+    frame, total = spec.tokens_per_frame, policy.filled + arrived
     extras = observed(policy, staged, extras)
-    arrivals: Arrivals | None = Arrivals.of(policy, staged, buffer["key"].dtype)
+    used = append(policy, buffer, staged)
     start, stop, known = policy.regions(total, arrived)
-    if stop > filled:  # arrivals take part: they join the slots at once, in the room behind them
-        arrivals.write(buffer, filled)
-        arrivals, size = None, total
-    else:
-        size = filled
-        if filled < policy.capacity_slots() < total:  # in this one commit they may lie where they are to go
-            arrivals = arrivals.copied()
-    used = buffer.narrow(0, size)
     if known == stop - start:  # none entered
-        return FusedEdit(used, buffer, start, {}, None, arrivals), extras
+        return FusedEdit(used, buffer, start, {}, None), extras
 
     inside = buffer.narrow(start, stop)
     slots = slots_of(policy, inside, extras["moment"])
@@ -224,7 +189,7 @@ def plan(
     for name, new in middle.items():
         tensor = buffer[name]
         middle[name] = new.to(tensor.dtype).unflatten(0, tensor.shape[:2])
-    return FusedEdit(used, buffer, start, middle, merging, arrivals), extras
+    return FusedEdit(used, buffer, start, middle, merging), extras
 
 
 def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:

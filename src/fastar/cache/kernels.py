@@ -220,15 +220,21 @@ def nearest_newer(
         score = scores(held, keys, tl.load(offset + slot), PRECISION, UPCAST)
         score = tl.where(slot[None, :] >= low[:, None], score, nowhere)
         best = tl.maximum(best, with_tile(score, first // K, MASK))
-    for first in range(tl.maximum(start, clear), entered // K * K, K):
+    begin = tl.maximum(start, clear)
+    offsets = tl.load(offset + begin + lane, mask=begin + lane < entered, other=0)
+    for first in range(begin, entered // K * K, K):
         slot = first + lane
         keys = tl.load(x + slot[:, None] * F + column[None, :], mask=used, other=0)
-        score = scores(held, keys, tl.load(offset + slot), PRECISION, UPCAST)
+        ahead = tl.load(
+            offset + slot + K, mask=slot + K < entered, other=0
+        )  # read while this tile is multiplied
+        score = scores(held, keys, offsets, PRECISION, UPCAST)
         best = tl.maximum(best, with_tile(score, first // K, MASK))
+        offsets = ahead
     slot = entered // K * K + lane
     there = slot < entered
     keys = tl.load(x + slot[:, None] * F + column[None, :], mask=there[:, None] & used, other=0)
-    score = scores(held, keys, tl.load(offset + slot, mask=there, other=0), PRECISION, UPCAST)
+    score = scores(held, keys, offsets, PRECISION, UPCAST)
     score = tl.where(there[None, :] & (slot[None, :] >= low[:, None]), score, nowhere)
     best = tl.maximum(best, with_tile(score, entered // K, MASK))
 

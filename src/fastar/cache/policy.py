@@ -243,7 +243,7 @@ class SlotPolicy(CachePolicy):
         return self.spec.num_layers * (capacity * self.slot_bytes() + self.extras_bytes())
 
     def working_bytes(self) -> int:
-        """Bytes allocated beyond `bytes_used`: slots not filled, among them the current chunk's, and an engine's own."""
+        """Bytes beyond `bytes_used`: of slots not filled, the current chunk's among them, and an engine's own."""
         return self._buffers.nbytes - sum(buffer.narrow(0, self.filled).nbytes for buffer in self._buffers)
 
     def slot_bytes(self) -> int:

@@ -185,8 +185,7 @@ class TempCache(BudgetedPolicy):
         return max(0, min(int(self.recent_share * self.capacity_slots()), room)) // chunk * chunk
 
     def spare_slots(self) -> int:
-        chunk = self.spec.chunk_frames * self.spec.tokens_per_frame
-        return chunk if self.commit_by == "fused" and self.verbatim_slots() < chunk else 0
+        return self.spec.chunk_frames * self.spec.tokens_per_frame if self.commit_by == "fused" else 0
 
     def reserved_slots(self) -> int:
         return self._least_slots() + (self.recent_frames or 0) * self.spec.tokens_per_frame

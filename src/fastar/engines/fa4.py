@@ -59,13 +59,12 @@ def _sparse(call: AttentionCall, plan: BlockPlan, live: Tensor | None) -> tuple[
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    counts, indices = plan.listed()
-    none = torch.zeros_like(counts, memory_format=torch.contiguous_format)
+    (counts, indices), (none, nowhere) = plan.listed(), plan.empty_lists
     # Blocks to be read whole are "full" ones. The list of masked ones is empty, but the Hopper kernel does not compile
     # without it. Keys past the last are masked in the first block it reads, which is the last of an ascending list.
     lists = BlockSparseTensorsTorch(
         mask_block_cnt=none,
-        mask_block_idx=none[..., None],
+        mask_block_idx=nowhere,
         full_block_cnt=counts,
         full_block_idx=indices,
         block_size=(plan.block_q, plan.block_k),

@@ -7,7 +7,8 @@ plans for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class BlockPlan:
             plan was not made of buckets. For measures alone.
         lengths: (Lq, Lk), needed where an order is None.
         block_lists: block_mask as lists: how many key blocks each query block reads, [B, H, query blocks] int32, and
-            which, [B, H, query blocks, any] int32, ascending. None: made of the mask at every call that wants them.
+            which, [B, H, query blocks, any] int32, ascending. None: made of the mask when they are first wanted.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -102,12 +103,29 @@ class BlockPlan:
         return BlockPlan(**own)
 
     def listed(self) -> tuple[Tensor, Tensor]:
-        """`block_lists`, made of the mask if they are None; what stands behind a count is not read."""
-        if self.block_lists is not None:
-            return self.block_lists
+        """`block_lists`, made of the mask once if they are None; what stands behind a count is not read."""
+        return self._lists if self.block_lists is None else self.block_lists
+
+    @cached_property
+    def _lists(self) -> tuple[Tensor, Tensor]:
         counts = self.block_mask.sum(-1, dtype=torch.int32)
         ordered = torch.argsort(self.block_mask.logical_not().to(torch.uint8), dim=-1, stable=True)
         return counts, ordered.to(torch.int32)
+
+    @cached_property
+    def empty_lists(self) -> tuple[Tensor, Tensor]:
+        """Lists like `listed` of no blocks at all: counts [B, H, query blocks] and an index that is not read."""
+        counts = torch.zeros(self.block_mask.shape[:3], dtype=torch.int32, device=self.block_mask.device)
+        return counts, counts[..., None]
+
+    @cached_property
+    def on_ordered_keys(self) -> BlockPlan:
+        """The same plan for keys that lie in its order already."""
+        if self.key_order is None:
+            return self
+        tags = None if self.key_tags is None else self.key_tags.gather(2, self.key_order)
+        lengths = (self.num_queries, self.num_keys)
+        return replace(self, key_order=None, key_tags=tags, lengths=lengths, block_lists=self.listed())
 
     def executed_pairs(self) -> Tensor:
         """Query-key pairs in the executed blocks, [B, H] int64; empty slots and padding do not count."""

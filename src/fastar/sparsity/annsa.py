@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Bucketizer
+from fastar.attention.context import PassContext
 from fastar.engines.plan import BlockPlan
 from fastar.sparsity.base import (
     ChunkMemo,
@@ -31,6 +32,7 @@ from fastar.sparsity.blocks import (
     choose_blocks,
     lay_out_keys,
     shared_pairs,
+    sort_by_bucket,
 )
 
 Source = Literal["content", "prompt"]
@@ -87,10 +89,17 @@ class AnnSA(Selector):
         self.wants_tags = source == "prompt"
         self.block_q, self.block_k, self.rebuild = block_q, block_k, rebuild
         self.blocks, self.tags_in_blocks = None if density == 1 else (block_q, block_k), density is None
+        self.keeps_plans = rebuild == "chunk"
         self._memo: ChunkMemo[BlockPlan] = ChunkMemo()
 
     def forget(self, next_frame: int) -> None:
         self._memo.clear()
+
+    def standing(self, layer: int, context: PassContext, num_queries: int, num_keys: int) -> BlockPlan | None:
+        """The chunk's plan, if an earlier pass made it and this one is sparse."""
+        if not self.keeps_plans or self.is_dense(layer, context):
+            return None
+        return self._memo.get(layer, context, num_queries, num_keys)
 
     def select(self, request: SelectRequest) -> BlockPlan | None:
         """The block plan of a call that the schedule makes sparse; None if the density target is 1.
@@ -100,17 +109,17 @@ class AnnSA(Selector):
         if self.density == 1 or (self.source == "prompt" and request.text_tags is None):
             return None
         sizes = (request.q.shape[2], request.k.shape[2])
-        plan = self._memo.get(request.layer, request.context, *sizes) if self.rebuild == "chunk" else None
+        plan = self.standing(request.layer, request.context, *sizes)
         if plan is None:
             plan = self._build(request)
-            if self.rebuild == "chunk":
+            if self.keeps_plans:
                 self._memo.put(request.layer, request.context, *sizes, built=plan)
         return plan
 
     def _build(self, request: SelectRequest) -> BlockPlan:
         assign = self._tags if self.source == "prompt" else self._buckets
         query_buckets, key_buckets = assign(request)
-        query_runs, query_order = torch.sort(query_buckets, dim=-1, stable=True)
+        query_runs, query_order = sort_by_bucket(query_buckets)
         layout = lay_out_keys(key_buckets, request.log_count, request.num_current)
         shared = shared_pairs(query_runs, layout, self.block_q, self.block_k)
         if self.density is None:

@@ -126,12 +126,19 @@ class Selector(Scheduled, ABC):
         wants_tags: whether it wants `text_tags` and `key_tags`.
         blocks: (block_q, block_k) of its plans; None if it makes none.
         tags_in_blocks: whether its plans have tags inside the blocks.
+        keeps_plans: whether later passes of a chunk go by the plan of an earlier one: the very object, whose order of
+            keys begins with the current chunk's.
     """
 
     match_space: MatchSpace = "roped"
     wants_tags = False
     blocks: tuple[int, int] | None = None
     tags_in_blocks = False
+    keeps_plans = False
+
+    def standing(self, layer: int, context: PassContext, num_queries: int, num_keys: int) -> BlockPlan | None:
+        """The plan that a call of these sizes goes by whatever its vectors are; None: ask `plan`."""
+        return None
 
     def plan(self, request: SelectRequest) -> BlockPlan | None:
         """The block plan of one attention call; None means dense."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from fastar.engines.plan import WILDCARD, BlockPlan, inverse_order
+from fastar.sparsity import fused
 from fastar.sparsity.base import SelectRequest
 
-_LAST = torch.iinfo(torch.int64).max
+_LAST = 2**16  # follows every bucket (`fastar.ann.base.Bucketizer`)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,27 @@ def lay_out_keys(buckets: Tensor, log_count: Tensor | None, num_current: int) ->
         empty = log_count.expand(buckets.shape)[..., :cached] == -torch.inf
         past = past.masked_fill(empty, _LAST)
         live = live - empty.sum(-1)
-    past, order = torch.sort(past, dim=-1, stable=True)
+    past, order = sort_by_bucket(past)
     current = torch.arange(cached, buckets.shape[2], device=buckets.device)
     current = current.expand(*buckets.shape[:2], num_current)
     return KeyLayout(torch.cat([current, order], dim=-1), past, live, num_current)
+
+
+def sort_by_bucket(buckets: Tensor) -> tuple[Tensor, Tensor]:
+    """Buckets int64 [B, H, L], `WILDCARD` to 2^16, in ascending order, and that order, int64 [B, H, L]; stable.
+
+    A GPU sorts long rows one after another, each in many small kernels: there all are sorted as one.
+    """
+    if buckets.device.type != "cuda":
+        return torch.sort(buckets, dim=-1, stable=True)
+    batch, heads, length = buckets.shape
+    rows, radix = (
+        torch.arange(batch * heads, device=buckets.device).view(batch, heads, 1),
+        _LAST - WILDCARD + 1,
+    )
+    keys = (buckets - WILDCARD + rows * radix).to(torch.int32)
+    keys, order = torch.sort(keys.flatten(), stable=True)
+    return keys.view_as(buckets) - rows * radix + WILDCARD, order.view_as(buckets) - rows * length
 
 
 def shared_pairs(query_buckets: Tensor, layout: KeyLayout, block_q: int, block_k: int) -> Tensor:
@@ -76,6 +94,9 @@ def shared_pairs(query_buckets: Tensor, layout: KeyLayout, block_q: int, block_k
     # wildcard keys sort before every bucket; a query with a bucket reads them besides its own run
     wildcards = torch.searchsorted(runs, torch.full_like(query_buckets, WILDCARD), out_int32=True, right=True)
     wildcards = wildcards.masked_fill(reads_all, 0)
+    if runs.device.type == "cuda":
+        num_keys = layout.order.shape[2]
+        return fused.shared_pairs(starts, ends, wildcards, num_keys, layout.current, block_q, block_k)
 
     num_blocks = -(-layout.order.shape[2] // block_k)
     edges = torch.arange(num_blocks, device=runs.device, dtype=torch.int32) * block_k - layout.current
@@ -186,6 +207,8 @@ def _block_means(x: Tensor, order: Tensor, live: Tensor, size: int) -> Tensor:
 
     One fused gather and sum: a permuted copy of all keys would cost as much as a tenth of the attention.
     """
+    if x.device.type == "cuda":
+        return fused.block_means(x, order, live, size)
     batch, heads, length, dim = x.shape
     offsets = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * length
     rows = _cut(order + offsets, dim=2, size=size)

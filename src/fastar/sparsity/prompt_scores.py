@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Matcher, seeded_planes
-from fastar.ann.lsh import check_bits, codes_of
+from fastar.ann.codes import codes_of
+from fastar.ann.lsh import check_bits
 from fastar.ann.quantized import quantize
 from fastar.engines.reference import attention_weights
 from fastar.sparsity.base import PromptKeys, check_choice
