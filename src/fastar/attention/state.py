@@ -71,6 +71,7 @@ class AttentionState:
         )  # fmt: skip
         self.engine = engines.resolve(engine, device, calls)
         self.passed_over = engines.choose(device, calls)[1] if engine == "auto" else {}
+        self.engine_for_few_keys = engines.for_few_keys(device, calls) if engine == "auto" else None
         self.rope, self.grid, self.recorders = rope, grid, list(recorders)
         self.actions = actions
         if self.tags is not None:
@@ -374,7 +375,9 @@ class AttentionState:
         candidates: int,
         selection: Selection | None = None,
     ) -> Tensor:
-        out, _ = engines.attend(q, k, v, log_count=log_count, engine=self.engine)
+        few = log_count is None and k.shape[2] <= engines.FEW_KEYS
+        engine = self.engine_for_few_keys if few and self.engine_for_few_keys else self.engine
+        out, _ = engines.attend(q, k, v, log_count=log_count, engine=engine)
         self._tell(AttendEvent(stream, layer, context, q, k, v, log_count, None, out, candidates, selection))
         return out
 
