@@ -249,7 +249,7 @@ def test_plans_of_a_gpu_are_those_of_a_cpu(request_for: Make, empty: float) -> N
     for place in range(int(counts.max())):
         row = indices[..., place : place + 1].long()
         listed.scatter_(-1, row.where(place < counts[..., None], 0), True)
-    assert torch.equal(counts, mask.sum(-1)) and torch.equal(listed, mask)
+    assert torch.equal(counts, mask.sum(-1, dtype=torch.int32)) and torch.equal(listed, mask)
 
 
 def test_random_blocks_depend_on_seed_layer_chunk_and_step_alone(request_for: Make) -> None:
