@@ -166,6 +166,13 @@ def test_an_unknown_engine_is_refused_at_once() -> None:
     assert AttentionState(**vars_of_small_state()).engine in engines.names()
 
 
+def test_a_state_says_which_engines_were_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engines.auto.ORDER, "cpu", ("fa4", "sdpa"))
+    state = AttentionState(**vars_of_small_state())
+    assert state.engine == "sdpa" and state.passed_over == {"fa4": "it runs on cuda, not on cpu"}
+    assert AttentionState(**(vars_of_small_state() | {"engine": "reference"})).passed_over == {}
+
+
 def vars_of_small_state() -> dict[str, Any]:
     state = small_state(DenseCache())
     sizes = {"num_layers": LAYERS, "num_heads": HEADS, "head_dim": DIM, "batch": 1, "chunk_frames": CHUNK}

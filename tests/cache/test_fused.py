@@ -15,7 +15,7 @@ from torch import Tensor
 from fastar import cache
 from fastar.ann.similarity import moment_factor, random_directions
 from fastar.attention.rope import RotaryEmbedding, grid_positions
-from fastar.benchmark.commit import FAST, CommitGeometry, StandIn, commit_rows, stage
+from fastar.benchmark.commit import FAST, CommitGeometry, StandIn, commit_rows, place, stage
 from fastar.cache import fused, merge
 from fastar.cache.policy import SlotPolicy
 from tests.dispatch import Watched
@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "regions": {"sink_frames": 1, "recent_frames": 1, "weighting": "older"},
     "all_recent": {"recent_share": 0.0, "refresh": 0.0},
     "narrow": {"match_width": 16},
+    "newest": {"match_width": 16, "cost_by": "searched", "match_frames": 1, "rounds": 1},
     "no_value": {"value_weight": 0.0, "weighting": "none", "rounds": 3},
 }
 
@@ -47,21 +48,35 @@ def whole(*shape: int, device: torch.device) -> Tensor:
     return torch.randint(-3, 4, shape).float().to(device)
 
 
-def committed(policy: Any, device: torch.device, chunks: int = 5, layers: int = 1, heads: int = 1) -> Any:
+def committed(
+    policy: Any, device: torch.device, chunks: int = 5, layers: int = 1, heads: int = 1, **sizes: Any
+) -> Any:
     """After commits of two frames; little of everything, since the interpreter takes its time."""
-    bound(policy, device=device, layers=layers, batch=1, num_heads=heads, chunk_frames=2)
+    bound(policy, device=device, layers=layers, batch=1, num_heads=heads, chunk_frames=2, **sizes)
     for number in range(chunks):
         for layer in range(layers):
-            chunk = random_chunk(1000 * layer + number, 2 * number, device=device)
-            for name in ("q_raw", "k_raw", "k", "v"):
-                setattr(chunk, name, getattr(chunk, name)[:1, :heads])
-            policy.stage(layer, chunk)
+            policy.stage(layer, few(random_chunk(1000 * layer + number, 2 * number, device=device), heads))
+        if sizes:  # where attention leaves them
+            for layer, chunk in policy.staged.items():
+                place(policy, layer, chunk)
         policy.commit(2 * number, 2)
     return policy
 
 
+def few(chunk: cache.Staged, heads: int) -> cache.Staged:
+    q, q_raw, k, v = (x[:1, :heads] for x in (chunk.q_raw, chunk.k_raw, chunk.k, chunk.v))
+    return cache.Staged(q, q_raw, k, v, chunk.positions)
+
+
 def fields(policy: SlotPolicy, layer: int) -> dict[str, Tensor]:
     return dict(policy._buffers[layer].narrow(0, policy.filled).fields) | policy._extras[layer]
+
+
+def by_age(policy: Any, layer: int) -> dict[str, Tensor]:
+    """As `fields`, slots oldest first: fused commits keep them in another order."""
+    return (
+        dict(policy._by_age(policy._buffers[layer].narrow(0, policy.filled)).fields) | policy._extras[layer]
+    )
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
@@ -73,7 +88,7 @@ def test_fused_commits_are_the_plain_ones(name: str, device: torch.device) -> No
     together = committed(cache.TempCache(commit_by="fused", **options), device, layers=layers, heads=heads)
     assert plain.filled == together.filled == plain.capacity_slots()
     for layer in range(layers):
-        expected, found = fields(plain, layer), fields(together, layer)
+        expected, found = fields(plain, layer), by_age(together, layer)
         for field in ("position", "count", "partner"):
             assert torch.equal(expected[field], found[field]), field
         for field in ("key", "value", "moment", "observed"):
@@ -85,10 +100,7 @@ def test_a_fused_commit_waits_for_nothing_and_writes_without_allocating() -> Non
     device = torch.device("cpu")
     policy = committed(cache.TempCache(commit_by="fused", budget_frames=8), device, chunks=4)
     before = policy.state_dict()
-    chunk = random_chunk(9, 8)
-    for name in ("q_raw", "k_raw", "k", "v"):
-        setattr(chunk, name, getattr(chunk, name)[:1, :1])
-    policy.stage(0, chunk)
+    policy.stage(0, few(random_chunk(9, 8), 1))
     prepared = policy.prepare(8, 2)
     for name, x in policy.state_dict().items():
         assert torch.equal(before[name], x) if isinstance(x, Tensor) else before[name] == x
@@ -97,11 +109,13 @@ def test_a_fused_commit_waits_for_nothing_and_writes_without_allocating() -> Non
     assert not watched.waiting and policy.filled == policy.capacity_slots()
 
 
-def test_the_same_input_gives_the_same_bits_however_many_layers_go_together(device: torch.device) -> None:
-    options: dict[str, Any] = {"commit_by": "fused", "budget_frames": 7, "rounds": 1}
-    one, two = (committed(cache.TempCache(layers_at_once=n, **options), device, 4, layers=2) for n in (1, 2))
+def test_the_same_bits_however_layers_go_together_and_wherever_arrivals_lie(device: torch.device) -> None:
+    options: dict[str, Any] = {"commit_by": "fused", "budget_frames": 12, "rounds": 1, **FLOAT}
+    apart = committed(cache.TempCache(layers_at_once=1, **options), device, layers=2)
+    together = committed(cache.TempCache(**options), device, layers=2, key_width=16)
+    assert together._buffers.keys_values(0)[0].shape[-1] == 16
     for layer in range(2):
-        expected, found = fields(one, layer), fields(two, layer)
+        expected, found = fields(apart, layer), fields(together, layer)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -166,25 +180,31 @@ def test_groups_are_folded_into_their_means(device: torch.device) -> None:
         assert torch.equal(total[0, stays], mass[problem, stays])
 
 
-def test_slots_that_stay_move_to_the_front(device: torch.device) -> None:
+def test_the_last_slots_fill_the_holes(device: torch.device) -> None:
     for shape, size in (((2, 300, 70), 300), ((2, 40), 40)):
         wide = whole(1, *shape, device=device)
         x = wide[..., :65] if len(shape) == 3 else wide
-        keep = torch.rand(2, size - 3).argsort(1)[:, : size // 2].sort(1).values.to(device) + 3
-        expected, before = torch.stack([x[0, n, keep[n]] for n in range(2)]), wide.clone()
-        fused.compact(x, keep.to(torch.int32), 3)
-        assert torch.equal(x[0, :, 3 : 3 + size // 2], expected)
-        assert torch.equal(x[:, :, :3], before[:, :, :3] if x is wide else before[:, :, :3, :65])
+        leave = torch.rand(2, size).argsort(1)[:, : size // 3].sort(1).values.to(torch.int32).to(device)
+        gone = torch.zeros(2, size, dtype=torch.uint8, device=device).scatter(1, leave.long(), 1)
+        before, stay = wide.clone(), size - size // 3
+        place = fused.places_of_last(gone, leave)
+        fused.fill(x, place)
+        for n in range(2):
+            holes, last = (gone[n, :stay] != 0).nonzero()[:, 0], (gone[n, stay:] == 0).nonzero()[:, 0] + stay
+            own = torch.arange(stay, device=device).scatter(0, holes, last)
+            assert torch.equal(
+                x[0, n, :stay], before[0, n, own][..., :65] if x is not wide else before[0, n, own]
+            )
+        assert torch.equal(wide[:, :, stay:], before[:, :, stay:])
         assert x is wide or torch.equal(wide[..., 65:], before[..., 65:])
 
 
 def test_moments_and_their_factors(device: torch.device) -> None:
     x = torch.randn(1, 2, 70, 12, device=device)
     rope, positions = RotaryEmbedding(12), grid_positions(3, 1, (7, 10), device=device)
-    turned = rope.rotate(x, positions).flatten(0, 1)
-    sums, squares = fused.moments(
-        x.transpose(1, 2).contiguous().transpose(1, 2), turns=rope.tables(positions), span=64
-    )
+    x = rope.rotate(x, positions)
+    turned = x.flatten(0, 1)
+    sums, squares = fused.moments(x.transpose(1, 2).contiguous().transpose(1, 2), span=64)
     torch.testing.assert_close(sums, turned.sum(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(squares, turned.mT @ turned, rtol=1e-4, atol=1e-4)
     sums, squares = fused.moments(x, full=False)
@@ -211,7 +231,10 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"commit_by": "fused", "key": "medoid"}, "key=mean or last"),
         ({"commit_by": "fused", "slot_bits": 8}, "slot_bits=16, got mean and 8"),
         ({"match_width": 24}, "power of two"),
-        ({"commit_by": "fused", "layers_at_once": 0}, "layers_at_once must be at least 1"),
+        ({"match_frames": 0}, "match_frames must be at least 1, got 30 and 0"),
+        ({"cost_by": "all"}, "features, searched"),
+        ({"commit_by": "fused", "cost_by": "searched", "key": "last"}, "needs key=mean, got last"),
+        ({"commit_by": "fused", "layers_at_once": 0}, "must be at least 1, got 0 and None"),
     ):
         with pytest.raises(ValueError, match=message):
             cache.TempCache(budget_frames=9, **options)  # type: ignore[arg-type]
@@ -221,23 +244,42 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         committed(policy, torch.device("cpu"), chunks=1)
 
 
-def test_a_prefill_is_taken_in_chunk_by_chunk(device: torch.device) -> None:
-    """By the plain path, which keeps more digits."""
-    views = []
-    for step in (2, 8):
+def test_commits_of_several_chunks_are_plain(device: torch.device) -> None:
+    """The plain path keeps more digits; one takes over what fused commits left in another order."""
+    found = []
+    for steps in ((2, 2, 2, 2, 4), (8, 4)):
         policy = cache.TempCache(commit_by="fused", budget_frames=10, rounds=1, **FLOAT)
         bound(policy, device=device, layers=1, batch=1, num_heads=1, chunk_frames=2)
-        for first in range(0, 8, step):
-            chunk = random_chunk(0, 0, 8, device=device)
-            for name in ("q_raw", "k_raw", "k", "v"):
-                x = getattr(chunk, name)[:1, :1, first * TOKENS : (first + step) * TOKENS]
-                setattr(chunk, name, x)
-            chunk.positions = chunk.positions[first * TOKENS : (first + step) * TOKENS]
-            policy.stage(0, chunk)
+        first = 0
+        for step in steps:
+            chunk = few(random_chunk(0, 0, 12, device=device), 1)
+            part = slice(first * TOKENS, (first + step) * TOKENS)
+            vectors = (x[:, :, part] for x in (chunk.q_raw, chunk.k_raw, chunk.k, chunk.v))
+            policy.stage(0, cache.Staged(*vectors, positions=chunk.positions[part]))
             policy.commit(first, step)
-        views.append(policy.view(0))
-    assert torch.equal(views[0].positions, views[1].positions)
-    torch.testing.assert_close(views[0].k, views[1].k, rtol=1e-4, atol=1e-4)
+            first += step
+        found.append(fields(policy, 0))
+    for name in ("position", "count", "partner"):
+        assert torch.equal(found[0][name], found[1][name]), name
+    for name in ("key", "value"):
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_after_a_rewrite_no_slot_enters_twice(device: torch.device) -> None:
+    """Recent frames are dropped and committed again, and the state goes on in a plain cache: as if that were so."""
+    options: dict[str, Any] = {"budget_frames": 12, "rounds": 1, "refresh": 0.0, "recent_frames": 4, **FLOAT}
+    fused_policy = committed(cache.TempCache(commit_by="fused", **options), device)
+    plain = committed(cache.TempCache(**options), device)
+    for policy in (fused_policy, plain):
+        policy.drop_from(8)
+        for frame in (8, 10):
+            policy.stage(0, few(random_chunk(frame, frame, device=device), 1))
+            policy.commit(frame, 2)
+    other = bound(cache.TempCache(**options), device=device, layers=1, batch=1, num_heads=1, chunk_frames=2)
+    other.load_state_dict(fused_policy.state_dict())
+    for found in (by_age(fused_policy, 0), fields(other, 0)):
+        for name, expected in fields(plain, 0).items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_benchmark_times_every_step(device: torch.device) -> None:
@@ -272,7 +314,9 @@ def rollout(options: dict[str, Any], chunks: int = 6) -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{}, {"rounds": 1, "refresh": 0.0, "match_width": 64}], ids=["all", "fast"]
+    "options",
+    [{}, {"match_width": 64}, FAST, FAST | {"match_frames": 1}],
+    ids=["all", "few", "fast", "newest"],
 )
 def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]) -> None:
     """Features of 16 bits settle near ties in another way: other slots merge here and there, at the same cost."""
@@ -281,7 +325,7 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
     dense.bind(GEOMETRY.spec(torch.device("cuda")))
     contents = StandIn(GEOMETRY, torch.device("cuda"))
     for _ in range(6):
-        stage(dense, contents.chunk())  # type: ignore[arg-type]
+        stage(dense, contents.chunk())
         dense.commit(dense.next_frame, GEOMETRY.chunk_frames)
     q = dense.view(0).k[:, :, -500:].float()
 
@@ -303,7 +347,7 @@ def test_on_the_gpu_fused_merges_cost_what_plain_ones_do(options: dict[str, Any]
 @pytest.mark.gpu
 def test_a_full_cache_commits_in_a_graph() -> None:
     """Captured once and replayed, on what was staged at capture: the bits of an eager commit, and again of another."""
-    options = {"commit_by": "fused", "rounds": 1, "refresh": 0.0, "match_width": 64}
+    options = {"commit_by": "fused", **FAST}
     eager, captured = rollout(options), rollout(options)
     before = captured.state_dict()
     staged = dict(captured._staged)
@@ -331,4 +375,4 @@ def fused_scratch() -> Any:
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     """Needs no GPU."""
-    assert compile_apart("tests.cache.compile_kernels", tmp_path) == 19
+    assert compile_apart("tests.cache.compile_kernels", tmp_path) == 24

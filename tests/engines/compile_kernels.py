@@ -8,14 +8,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastar.engines.kernels import attend_packed, move_rows
-from fastar.engines.packed import TILE
+from fastar.engines.packed import TILES
 from tests.ann.compile_kernels import report
 
 POINTERS = {
     "q": "bf16", "k": "bf16", "v": "bf16", "out": "bf16", "lse": "fp32", "log_count": "fp32",
     "key_codes": "u8", "key_low": "fp16", "key_step": "fp16",
     "value_codes": "u8", "value_low": "fp16", "value_step": "fp16",
-    "source": "bf16", "order": "i64", "target": "bf16",
+    "source": "bf16", "order": "i64", "target": "bf16", "mask": "u8", "counts": "i32", "indices": "i32",
 }  # fmt: skip
 ALIGNED = ("_batch", "_head", "_row")  # strides, and pointers: multiples of 16, as the launcher finds them
 
@@ -36,11 +36,12 @@ def compiled(kernel, constants: dict[str, object], **options: int):  # type: ign
 def main() -> None:
     """All kernels, in the forms in which the engines launch them."""
     for bits, biased in ((8, True), (4, True), (8, False)):
+        tile = TILES[bits]
         constants = {
             "D": 128, "KEY_GROUP": 64, "KEY_BITS": bits, "VALUE_GROUP": 64, "VALUE_BITS": bits,
-            "Q": TILE.queries, "K": TILE.keys, "BIASED": biased, "UPCAST": False,
+            "Q": tile.queries, "K": tile.keys, "BIASED": biased, "UPCAST": False,
         }  # fmt: skip
-        result = compiled(attend_packed, constants, num_warps=TILE.warps, num_stages=TILE.stages)
+        result = compiled(attend_packed, constants, num_warps=tile.warps, num_stages=tile.stages)
         report(
             f"attend_packed int{bits}, {'with' if biased else 'without'} log-counts", result, "wgmma.*bf16"
         )

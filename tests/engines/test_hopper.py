@@ -23,6 +23,8 @@ DENSE = {
     "wan": (600, 1500, 128, 128),
     "narrow": (600, 1500, 64, 64),
     "one tile": (50, 77, 128, 128),
+    "tiny": (50, 77, 16, 16),
+    "wide values": (50, 77, 24, 40),
 }
 # the same, then queries and keys to a block
 SPARSE = {
@@ -77,6 +79,8 @@ def draw(draw: Draw) -> Draw:
 @pytest.mark.parametrize("case", DENSE)
 @pytest.mark.parametrize("engine", ["fa4", "flashinfer", "cudnn"])
 def test_dense_and_log_counted(draw: Draw, engine: str, case: str, biased: bool) -> None:
+    if (engine, case) == ("flashinfer", "narrow"):
+        pytest.skip("it compiles for 90 s for each pair of widths: those of heads of 128 are enough")
     queries, keys, head_dim, value_dim = DENSE[case]
     q, k, v = (
         draw.normal(*HEADS, queries, head_dim),
@@ -209,3 +213,20 @@ def test_counts_of_one_change_little(draw: Draw) -> None:
     plain, _ = engines.attend(q, k, v, engine="fa4")
     counted, _ = engines.attend(q, k, v, log_count=torch.zeros(900, device="cuda"), engine="fa4")
     assert relative_error(counted, plain) < TOLERANCE[draw.dtype]
+
+
+@pytest.mark.parametrize("engine", ["fa4", "flashinfer", "cudnn"])
+def test_merged_duplicates_change_nothing(draw: Draw, engine: str) -> None:
+    """The TempCache lemma, at counts that a bfloat16 cannot hold."""
+    usable(engine)
+    q, k, v = (
+        draw.normal(1, 2, 200, 128),
+        draw.normal(1, 2, 300, 128),
+        draw.normal(1, 2, 300, 128),
+    )
+    sizes = torch.randint(1, 40, (300,), generator=draw.generator)
+    sizes[7] = 3001
+    whole = (x.float().repeat_interleave(sizes.cuda(), dim=2) for x in (k, v))
+    expected, _ = engines.attend(q.float(), *whole, engine="reference")
+    merged, _ = engines.attend(q, k, v, log_count=sizes.log().cuda(), engine=engine)
+    assert relative_error(merged, expected) < TOLERANCE[draw.dtype]

@@ -36,6 +36,16 @@ def test_tokens_are_put_in_order_and_back(
         assert gathered(x, None) is x and scattered(x, None) is x
 
 
+def test_lists_of_blocks_are_made_once(draw: Draw, device: torch.device) -> None:
+    plan = dataclasses.replace(draw, device=device).plan(2, 3, 50, 133, 16, 1)
+    counts, indices = plan.listed()
+    assert counts.dtype == indices.dtype == torch.int32 and plan.listed()[1] is indices
+    read = torch.arange(indices.shape[3], device=device) < counts[..., None]
+    mask = torch.zeros_like(plan.block_mask).scatter(3, indices.long(), read)
+    assert torch.equal(mask, plan.block_mask)
+    assert dataclasses.replace(plan, block_lists=(counts, indices)).listed()[1] is indices
+
+
 def test_every_kernel_compiles_for_hopper(tmp_path: Path, repository: Path) -> None:
     """In a process without the interpreter, which replaces the compiler. Needs no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -25,7 +25,7 @@ from fastar.rollout import capture
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.rollout import NonFiniteError, Rollout
 from fastar.sparsity import AnnSA, Dense, RandomBlocks, Selector
-from tests.small import small_loop, text_backbone
+from tests.small import ACTIONS, small_backbone, small_loop, text_backbone
 
 CHUNK = 3
 FRAMES = 14 * CHUNK
@@ -108,6 +108,22 @@ def test_the_bits_are_those_of_plain_passes(
     for key, value in saved[0].items():
         same = torch.equal(value, saved[1][key]) if isinstance(value, Tensor) else value == saved[1][key]
         assert same, key
+
+
+def test_actions_are_read_anew_in_every_pass(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(capture, "Graphs", OnCpu)
+    backbone = small_backbone()
+    backbone.transformer.to(device)
+    actions = torch.randint(ACTIONS, (1, 24), generator=torch.Generator().manual_seed(2))
+    policy = partial(WindowCache, budget_frames=8, storage="float32")
+    videos = []
+    for captured in (False, True):
+        rollout = start_rollout(
+            backbone, Method(name="x", cache=policy), loop=small_loop(), seeds=[7], capture=captured
+        )
+        videos.append(torch.cat([chunk.cpu() for chunk in rollout.generate(24, actions)], 1))
+    assert torch.equal(*videos)
 
 
 def test_a_saved_rollout_goes_on(

@@ -268,6 +268,7 @@ class AttentionState:
                     k=current_k,
                     v=current_v,
                     positions=self._require_places().positions,
+                    q=q[..., : working.head_dim],
                 ),
             )
         if ordered is not None and straight:

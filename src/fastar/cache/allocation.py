@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +24,15 @@ from fastar.cache.merge import (
     rows_of,
 )
 
+CostBy = Literal["features", "searched"]
+
 
 @dataclass
 class Candidates:
     """Slots that may merge: features z [N, M, F], of which the first `key_width` speak of keys; counts and partners.
 
-    A search compares z, or z `projection` [F, W].
+    A search compares z, or z `projection` [F, W]; costs are of z, or of what is searched by. What enters is found by
+    others in its newest `match_frames` frames alone, if not None.
     """
 
     features: Tensor
@@ -36,6 +40,12 @@ class Candidates:
     partner: Tensor
     key_width: int
     projection: Tensor | None = None
+    cost_by: CostBy = "features"
+    match_frames: int | None = None
+
+    def priced(self, features: Tensor) -> Tensor:
+        """What costs are of, of `features` [N, R, F]."""
+        return self.searched(features) if self.cost_by == "searched" else features
 
     def searched(self, features: Tensor) -> Tensor:
         """What a search compares of `features` [N, R, F]."""
@@ -50,16 +60,17 @@ def match(
     Slots entered in frames of `frame` tokens; a slot is matched to later frames only, never within its own.
     """
     features, count, size = slots.features, slots.count, slots.features.shape[1]
-    searched = slots.searched(features)
+    searched, priced = slots.searched(features), slots.priced(features)
     partner = torch.where(slots.partner < known, slots.partner, -1)  # others pointed at frames dropped since
-    cost = merge_cost(features, count, partner, weighting)
+    cost = merge_cost(priced, count, partner, weighting)
     # older slots against all that entered, then what entered against its later frames
-    blocks = [(0, known, known, size)] if known else []
-    blocks += [(known, low, low, low + frame) for low in range(known + frame, size, frame)]
+    oldest = known if slots.match_frames is None else max(known, size - slots.match_frames * frame)
+    blocks = [(0, known, oldest, size)] if known else []
+    blocks += [(known, low, low, low + frame) for low in range(known + frame, size, frame) if low >= oldest]
     for first, last, low, high in blocks:
         found, _ = matcher.nearest(searched[:, first:last], searched[:, low:high], metric="euclidean")
         found = torch.where(found < 0, -1, found + low)
-        found_cost = merge_cost(features, count, found, weighting, first)
+        found_cost = merge_cost(priced, count, found, weighting, first)
         better = found_cost < cost[:, first:last]
         partner[:, first:last] = torch.where(better, found, partner[:, first:last])
         cost[:, first:last] = torch.where(better, found_cost, cost[:, first:last])
@@ -95,7 +106,7 @@ def choose(
                 features = features.clone()
             kept = slots.key_width if keep_last_key else 0
             count = average_in_place(features[..., kept:], step, count, after - before)
-            cost = merge_cost(features, count, partner, weighting)
+            cost = merge_cost(slots.priced(features), count, partner, weighting)
     return root, gone, partner
 
 
@@ -121,7 +132,8 @@ def renew(
         partner [N, M], the cheaper one of found and old.
     """
     features, count, partner = slots.features, slots.count, slots.partner
-    cost = merge_cost(features, count, partner, weighting)
+    priced = slots.priced(features)
+    cost = merge_cost(priced, count, partner, weighting)
     worse = torch.where(partner < 0, torch.inf, cost - before)
     worse[:, -frame:].fill_(-torch.inf)
     rows = worse.argsort(dim=1, descending=True, stable=True)[:, :number]
@@ -129,5 +141,5 @@ def renew(
     search = ExactMatcher() if matcher is None else matcher
     searched = slots.searched(features)
     index, _ = search.nearest(rows_of(searched, rows), searched, excluded=not_newer, metric="euclidean")
-    better = merge_cost(features, count, index, weighting, rows=rows) < cost.gather(1, rows)
+    better = merge_cost(priced, count, index, weighting, rows=rows) < cost.gather(1, rows)
     return partner.scatter(1, rows, torch.where(better, index, partner.gather(1, rows)))

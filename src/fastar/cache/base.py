@@ -58,7 +58,8 @@ class CacheSpec:
 class Staged:
     """One layer's tokens of a committing pass: q_raw, k_raw (before RoPE), k (roped), v, all [B, H, L, D].
 
-    positions: int64 [L, 3], (frame, row, column).
+    positions: int64 [L, 3], (frame, row, column). q: the queries roped, for those who would rope them again; None where
+    nobody has them.
     """
 
     q_raw: Tensor
@@ -66,6 +67,7 @@ class Staged:
     k: Tensor
     v: Tensor
     positions: Tensor
+    q: Tensor | None = None
 
 
 @dataclass
@@ -91,7 +93,8 @@ class CacheView:
 class Room:
     """A layer's slots where they lie, with memory for the current tokens behind them: what attention reads.
 
-    k: [B, H, S + tokens, W], W the `CacheSpec.key_width`, what is beyond head_dim for the engine. v: [B, H, S + tokens, D].
+    k: [B, H, S + tokens, W], W the `CacheSpec.key_width`; what is beyond head_dim is the engine's.
+    v: [B, H, S + tokens, D].
     """
 
     k: Tensor

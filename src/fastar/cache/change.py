@@ -181,13 +181,6 @@ class Edit:
             part = source[:, :, start : start + step]
             yield _Move(first + start, first + start + part.shape[2], part.flatten())
 
-    def _shift(self, tensor: Tensor) -> None:
-        """Close the gap that dropped slots leave, a stretch of its length at a time: none overlaps where it goes."""
-        first, drop, stop = self._change.first, self._change.drop, self._change.slots.old.size
-        for start in range(first + drop, stop, drop):
-            end = min(start + drop, stop)
-            tensor[:, :, start - drop : end - drop] = tensor[:, :, start:end]
-
     def apply(self, buffer: Slots) -> None:
         """Do it, in place."""
         change = self._change
@@ -203,10 +196,17 @@ class Edit:
                 target.copy_(passing.view(target.shape))
         for name, tensor in buffer.fields.items():
             if change.drop and name not in change.whole:
-                self._shift(tensor)
+                close_gap(tensor, change.first, change.drop, change.slots.old.size)
         for name, tensor in change.whole.items():
             buffer[name][:, :, : self.size] = tensor
         Slots({name: buffer[name] for name in self._new.fields}).write(self.size - self._new.size, self._new)
+
+
+def close_gap(tensor: Tensor, first: int, gap: int, stop: int) -> None:
+    """Move slots first + gap .. stop - 1 of tensor [B, H, S, ...] to `first`, `gap` at a time: none overlaps."""
+    for start in range(first + gap, stop, gap):
+        end = min(start + gap, stop)
+        tensor[:, :, start - gap : end - gap] = tensor[:, :, start:end]
 
 
 def _shares_memory(x: Tensor, other: Tensor) -> bool:

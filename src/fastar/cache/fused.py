@@ -2,12 +2,13 @@
 
 The same steps as `fastar.cache.allocation` and `fastar.cache.middle`, which define them. What differs is how numbers
 are held: features about their mean, in the dtype of the slots (bfloat16), made by one pass over these; distances are
-those of such features. Legend as there; N problems are layers x batch x heads, indices int32.
+those of such features. And where: slots that merge may come in any order, as long as partners are newer, except those
+that enter, which are the last, frame by frame. Legend as there; N problems are layers x batch x heads, indices int32.
 
-The floor, for a layer of Wan2.1-1.3B on an H100 (12 heads of 128, 9,360 slots of which 4,680 entered; 3 TB/s):
-features 58 MB in, 58 MB out, 40 us; partners 175 GFLOP of 256 features, 0.35 ms at 500 TFLOP/s, a quarter with 64
-numbers (`match_width`); costs three rows a slot, 140 MB from L2 or 50 us from memory; merged rows 45 MB in, 30 MB out,
-25 us; the slots' moves 110 MB, 40 us.
+The floor, for a layer of Wan2.1-1.3B on an H100 (12 heads of 128, 9,184 slots and 4,680 that enter; 3 TB/s), searched
+and priced by 64 numbers (`match_width`, `cost_by`): these 85 MB in and 21 MB out, 35 us; partners 77 GFLOP, 0.13 ms at
+600 TFLOP/s, and as long for the larger of two scores; costs three rows of 128 bytes a slot, mostly from L2; merged
+rows 29 MB in, 20 MB out, 16 us; moves 58 MB, 20 us.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import interpreted, nearest_allowed
+from fastar.ann.launch import nearest_allowed
+from fastar.cache.allocation import CostBy
 from fastar.cache.merge import Weighting, rows_of
+from fastar.cache.moments import sampled
+from fastar.interpreter import interpreted
 
 _SPAN = 2048  # slots that one program sums
 _BLOCK = 4096  # slots that one program looks at at a time
@@ -31,7 +35,7 @@ class FusedSlots:
     """Slots that may merge.
 
     Attributes:
-        features: [N, M, 2 D].
+        features: what costs are of, [N, M, 2 D], or what is searched by.
         searched: what the search compares: the features, or [N, M, W] of them.
         offset: float32 [N, M], -|searched|^2 / 2.
         count: tokens a slot stands for, float [N, M].
@@ -51,55 +55,66 @@ class FusedSlots:
         factor: Tensor,
         value_weight: float,
         projection: Tensor | None,
+        cost_by: CostBy = "features",
     ) -> FusedSlots:
         """Of slots [B, H, M, D], batches H heads apart, and a factor [N, D, D] of the queries' moment.
 
-        projection: [2 D, W], or None to search by the features themselves.
+        projection: [2 D, W], or None to search by the features. cost_by: `searched`, and there are no others.
         """
         batch, heads, size, width = key.shape
-        key_mean, second = (x / size for x in moments(key))
-        value_mean, squares = (x / size for x in moments(value, full=False))
+        some = sampled(key).shape[2]
+        key_mean, second = (x / some for x in moments(sampled(key)))
+        value_mean, squares = (x / some for x in moments(sampled(value), full=False))
         covariance = second - key_mean[:, :, None] * key_mean[:, None]
         key_variance = ((covariance @ factor) * factor).sum((1, 2))
         value_variance = (squares - value_mean.square()).sum(1)
         scale = (value_weight * key_variance.clamp_min(0) / value_variance.clamp_min(1e-12)).sqrt()
         dtype = torch.float32 if key.dtype == torch.float32 else torch.bfloat16
-        features = key.new_empty(batch * heads, size, 2 * width, dtype=dtype)
-        offset = features.new_empty(batch * heads, size, dtype=torch.float32)
-        searched = features
+        seen = 2 * width if projection is None else projection.shape[1]
+        searched = key.new_empty(batch * heads, size, seen, dtype=dtype)
+        offset = searched.new_empty(batch * heads, size, dtype=torch.float32)
+        strides = (key.stride(1), key.stride(2), value.stride(1), value.stride(2))
+        sizes = {"D": width, "WIDTH": _padded(width), "UPCAST": interpreted(), "PRECISION": _precision(key)}
+        if projection is not None and cost_by == "searched":
+            key_map = (factor @ projection[:width]).to(dtype)
+            value_map = (scale[:, None, None] * projection[width:]).to(dtype)
+            block = 128
+            kernels().project[(_blocks(size, block), batch * heads)](
+                key, value, key_mean, value_mean, key_map, value_map, searched, offset, size, *strides,
+                W=seen, BLOCK=block, num_warps=8, **sizes,
+            )  # fmt: skip
+            return cls(searched, searched, offset, count)
+        features = searched
         if projection is not None:
             projection = projection.to(dtype)
-            searched = features.new_empty(batch * heads, size, projection.shape[1])
+            features = searched.new_empty(batch * heads, size, 2 * width)
         block = 64
         kernels().features[(_blocks(size, block), batch * heads)](
-            key, value, key_mean, value_mean, factor, scale, searched if projection is None else projection,
-            features, searched, offset, size, key.stride(1), key.stride(2), value.stride(1), value.stride(2),
-            D=width, WIDTH=_padded(width), W=searched.shape[2] if projection is not None else 16, BLOCK=block,
-            PROJECT=projection is not None, UPCAST=interpreted(), PRECISION=_precision(key), num_warps=8,
+            key, value, key_mean, value_mean, factor, scale, features if projection is None else projection,
+            features, searched, offset, size, *strides,
+            W=16 if projection is None else seen, BLOCK=block, PROJECT=projection is not None, num_warps=8, **sizes,
         )  # fmt: skip
         return cls(features, searched, offset, count)
 
 
-def moments(
-    x: Tensor, *, full: bool = True, turns: tuple[Tensor, Tensor] | None = None, span: int = _SPAN
-) -> tuple[Tensor, Tensor]:
+def moments(*parts: Tensor, full: bool = True, span: int = _SPAN) -> tuple[Tensor, Tensor]:
     """Sum of x [B, H, M, D] over M, [N, D], and of x x^T, [N, D, D], or of the squares, [N, D], float32.
 
-    turns: cosines and sines [M, D / 2] of the angles that rows are turned by first. span: rows that are summed at once.
+    parts: of the same shape, x as one after the other along B. span: rows that are summed at once.
     """
-    batch, heads, size, width = x.shape
-    parts = _blocks(size, span)
-    lead = (batch * heads, parts, width)
-    sums = x.new_empty(lead, dtype=torch.float32)
-    squares = x.new_empty((*lead, width) if full else lead, dtype=torch.float32)
-    x = x if x.stride(3) == 1 else x.contiguous()
-    cosine, sine = turns or (sums, sums)
-    kernels().moments[(parts, batch * heads)](
-        x, cosine, sine, sums, squares, size, span, heads, *x.stride()[:3],
-        D=width, WIDTH=_padded(width), BLOCK=64,
-        FULL=full, ROTATE=turns is not None, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8,
-    )  # fmt: skip
-    return sums.sum(1), squares.sum(1)
+    batch, heads, size, width = parts[0].shape
+    spans = _blocks(size, span)
+    lead = (len(parts), batch * heads, spans, width)
+    sums = parts[0].new_empty(lead, dtype=torch.float32)
+    squares = sums.new_empty((*lead, width) if full else lead)
+    for number, part in enumerate(parts):
+        x = part if part.stride(3) == 1 else part.contiguous()
+        kernels().moments[(spans, batch * heads)](
+            x, sums[number], squares[number], size, span, heads, *x.stride()[:3],
+            D=width, WIDTH=_padded(width), BLOCK=64,
+            FULL=full, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8, num_stages=4,
+        )  # fmt: skip
+    return sums.flatten(0, 1).sum(1), squares.flatten(0, 1).sum(1)
 
 
 def moment_factors(moment: Tensor) -> Tensor:
@@ -115,21 +130,29 @@ def moment_factors(moment: Tensor) -> Tensor:
 
 
 def match(
-    slots: FusedSlots, partner: Tensor, known: int, frame: int, weighting: Weighting
+    slots: FusedSlots,
+    partner: Tensor,
+    known: int,
+    frame: int,
+    weighting: Weighting,
+    match_frames: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in two searches, of old slots and of new ones."""
-    size, entered = partner.shape[1], partner.shape[1] - known
+    """`fastar.cache.allocation.match`: partner int32 and cost [N, M], in one search of all that have newer slots."""
+    problems, size, width = slots.searched.shape
+    entered = size - known
     partner = torch.where(partner < known, partner, -1)
     found = torch.full_like(partner, -1)
-    keys, offset = slots.searched[:, known:], slots.offset[:, known:]
-    if known:
-        index = nearest_allowed(slots.searched[:, :known], keys, offset, None)
-        found[:, :known] = torch.where(index < 0, -1, index + known)
-    if entered > frame:  # the newest frame has nothing newer
-        late = torch.arange(entered - frame, device=partner.device, dtype=torch.int32)
-        own = _upto((late // frame + 1) * frame)
-        index = nearest_allowed(slots.searched[:, known : size - frame], keys, offset, own)
-        found[:, known : size - frame] = torch.where(index < 0, -1, index + known)
+    least = 0 if match_frames is None else max(0, entered - match_frames * frame)
+    narrow = width * slots.searched.element_size() <= 512
+    queries, keys = (128, 64) if narrow else (64, 32)
+    bits = (_blocks(entered + 1, keys) - 1).bit_length()
+    if size > frame:
+        kernels().nearest_newer[(_blocks(size - frame, queries), problems)](
+            slots.searched, slots.offset, found, size, known, frame, least,
+            F=width, WIDTH=_padded(width), Q=queries, K=keys, MASK=(1 << bits) - 1,
+            UPCAST=interpreted(), PRECISION="ieee",
+            num_warps=4 if width <= 128 else 8, num_stages=3,
+        )  # fmt: skip
     return cheaper_partner(slots, partner, found, weighting)
 
 
@@ -143,13 +166,13 @@ def choose(
     *,
     first: int,
     again: bool,
-) -> tuple[Tensor, Tensor, Tensor, Runs]:
+) -> tuple[Tensor, Tensor, Tensor, Runs, Tensor]:
     """`fastar.cache.allocation.choose`; the features, from column `first` on, and counts of `slots` become the groups'.
 
     Features do so only if they are needed `again` after the last round.
 
     Returns:
-        root int32, gone uint8, partner int32 [N, M], and the runs of all that moved.
+        root int32, gone uint8, partner int32 [N, M], the runs of all that moved, these int32 [N, surplus], ascending.
     """
     gone, root = torch.zeros_like(partner, dtype=torch.uint8), None
     done = [surplus * step // rounds for step in range(rounds + 1)]
@@ -171,8 +194,9 @@ def choose(
             _, cost = cheaper_partner(slots, partner, None, weighting)
     assert root is not None
     if rounds > 1:
-        runs = Runs.of(places(gone, surplus, wanted=True), root)
-    return root, gone, partner, runs
+        rows = places(gone, surplus, wanted=True)
+        runs = Runs.of(rows, root)
+    return root, gone, partner, runs, rows
 
 
 def renew(
@@ -184,7 +208,7 @@ def renew(
     frame: int,
     weighting: Weighting,
 ) -> Tensor:
-    """`fastar.cache.allocation.renew` of the slots `keep` int32 [N, K], ascending: their partners [N, K].
+    """`fastar.cache.allocation.renew` of the slots `keep` int32 [N, K], oldest first: their partners [N, K].
 
     Everything else is by all slots' numbers: partner of the slots kept [N, K], cost `before` [N, K] of these.
     """
@@ -213,7 +237,7 @@ def cheaper_partner(
     size, width = slots.features.shape[1:]
     count = partner.shape[1]
     best, cost = torch.empty_like(partner), torch.empty_like(partner, dtype=torch.float32)
-    block = 16
+    block = max(16, 4096 // _padded(width))
     kernels().cheaper_partner[(_blocks(count, block), len(partner))](
         slots.features, slots.count, _or(rows, partner), partner.contiguous(), _or(found, partner), best, cost,
         size, count, F=width, WIDTH=_padded(width), BLOCK=block, WEIGHTING=weighting,
@@ -251,8 +275,12 @@ def places(flags: Tensor, number: int, *, wanted: bool) -> Tensor:
 def find_roots(chosen: Tensor, partner: Tensor) -> Tensor:
     """Where the chain of each slot ends, int32 [N, M]: a `chosen` one with a partner goes on to that."""
     size, block = partner.shape[1], 256
-    root = torch.empty_like(partner)
-    kernels().find_roots[(_blocks(size, block), len(partner))](chosen, partner, root, size, BLOCK=block)
+    for hops in (16, size):  # a long chain: few hops, then as many of them at a time
+        root = torch.empty_like(partner)
+        kernels().find_roots[(_blocks(size, block), len(partner))](
+            chosen, partner, root, size, hops, BLOCK=block
+        )
+        partner = root
     return root
 
 
@@ -278,30 +306,36 @@ class Runs:
 
         Means are weighted by count [N, M]; columns before `first` stay. Returns the groups' counts if `total`.
         """
-        width, moved = x.shape[2], self.order.shape[1]
-        totals = count.clone() if total else count
-        runs = max(
-            1, 1024 // _padded(width - first)
-        )  # numbers that a program holds: 1,024 sums, four rows to each
-        kernels().fold[(_blocks(moved, runs), len(x))](
+        (_, _, width), moved, block = x.shape, self.order.shape[1], 64
+        totals, columns = count.clone() if total else count, _padded(width - first)
+        kernels().fold[(_blocks(moved, block), len(x))](
             x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
-            F=width, WIDTH=_padded(width - first), RUNS=runs, STEP=4, TOTAL=total, num_warps=4,
+            F=width, WIDTH=columns, BLOCK=block, TOTAL=total,
+            UPCAST=interpreted(), PRECISION=_precision(x), num_warps=4 if columns <= 128 else 8,
         )  # fmt: skip
         return totals
 
 
-def compact(x: Tensor, keep: Tensor, first: int) -> None:
-    """Move slots `keep` int32 [N, K], ascending, of x [B, H, M, ...] to the slots from `first` on, in place.
+def places_of_last(gone: Tensor, rows: Tensor) -> Tensor:
+    """Where the last R slots go when so many are gone: to the first that are, in order. int32 [N, R], -1: it is gone.
 
-    A slot must not move backwards: keep[:, j] >= first + j.
+    gone uint8 [N, M]; rows int32 [N, R], those that are, ascending.
     """
+    stays = gone[:, gone.shape[1] - rows.shape[1] :] == 0
+    number = stays.cumsum(1, dtype=torch.int64) - 1
+    return torch.where(stays, rows.gather(1, number.clamp_min_(0)), -1)
+
+
+def fill(x: Tensor, place: Tensor) -> Tensor:
+    """Move the last R slots of x [B, H, M, ...], in place, to slots `place` int32 [N, R] before them; not if -1."""
     rows = x.flatten(0, 1)
-    width = rows[0, 0].numel()
-    columns = min(64, 1 << (width - 1).bit_length())
-    kernels().compact[(_blocks(width, columns), len(rows))](
-        rows, keep, first, keep.shape[1], rows.stride(0), rows.stride(1),
-        F=width, WIDTH=columns, BLOCK=128, num_warps=4, num_stages=1,
+    size, moved, width = rows.shape[1], place.shape[1], rows[0, 0].numel()
+    block = 64 if width > 1 else 1024
+    kernels().fill[(_blocks(moved, block), len(rows))](
+        rows, place, size - moved, moved, rows.stride(0), rows.stride(1),
+        F=width, WIDTH=1 << (width - 1).bit_length(), BLOCK=block, num_warps=4,
     )  # fmt: skip
+    return x
 
 
 def _upto(high: Tensor) -> Tensor:

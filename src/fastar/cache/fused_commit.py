@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastar.ann.launch import interpreted
 from fastar.ann.similarity import random_directions
+from fastar.attention.rope import apply_rotation
 from fastar.cache.base import Staged
-from fastar.cache.change import Change, Edit, Joined, Scratch
+from fastar.cache.change import Change, Edit, Joined, Scratch, close_gap
 from fastar.cache.fused import (
     FusedSlots,
     Runs,
     choose,
-    compact,
+    fill,
     match,
     moment_factors,
     moments,
-    places,
+    places_of_last,
     renew,
 )
 from fastar.cache.moments import expand_moment, pack_moment
-from fastar.cache.slots import Slots
+from fastar.cache.slots import Slots, pack_positions
+from fastar.interpreter import interpreted
 
 if TYPE_CHECKING:
     from fastar.cache.tempcache import TempCache
@@ -40,64 +41,86 @@ _QUERY_SPAN = 512  # queries of one layer that a program sums: few problems must
 
 @dataclass(frozen=True)
 class Merging:
-    """What is to become of slots start .. stop - 1 of a buffer, and of those behind them.
+    """What is to become of the M slots of a buffer from `start` on, and of those behind them.
 
     Attributes:
-        runs: which end where, counted from `start`; count: tokens each stands for, float [N, M].
-        keep: int32 [N, K] ascending, the slots from `start` on that stay.
+        runs: which end where, counted from `start`; weight: tokens each stands for before that, float [N, M].
+        place: int32 [N, R], where the last R of the M slots move, into those that others left; -1 for those that left.
         merge_keys: whether keys become means, as values do.
     """
 
     start: int
-    stop: int
     runs: Runs
-    count: Tensor
-    keep: Tensor
+    weight: Tensor
+    place: Tensor
     merge_keys: bool
+
+    @property
+    def stop(self) -> int:
+        """Behind the M slots."""
+        return self.start + self.weight.shape[1]
+
+    @property
+    def surplus(self) -> int:
+        """R, slots that are too many."""
+        return self.place.shape[1]
 
 
 class FusedEdit(Edit):
-    """Merges, then moves, then arrivals, all written where the slots are.
+    """Merges, then moves, both written where the slots are.
+
+    Slots that merge leave holes, which those at the end of the mergeable ones fill: no more move than arrived. Slots
+    behind close the gap. So the mergeable ones are no longer in order of age.
 
     Args:
-        slots: those in use, in `buffer`.
-        whole: fields of all slots that stay, without those left out.
+        slots: those that there are, in `buffer`; arrivals are the last of them.
+        middle: fields of the mergeable slots that stay, from slot `start` on.
         merging: None for no merges.
-        arrivals: by layer, to be written behind the slots that stay.
     """
 
     def __init__(
         self,
         slots: Slots,
         buffer: Slots,
-        whole: dict[str, Tensor],
+        start: int,
+        middle: dict[str, Tensor],
         merging: Merging | None,
-        arrivals: Sequence[Slots],
     ) -> None:
-        super().__init__(Change(Joined(slots, buffer.narrow(0, 0)), whole=whole), buffer, Scratch())
-        self._kept = slots.size if merging is None else merging.start + merging.keep.shape[1]
-        self._merging, self._behind = merging, arrivals
-        self.size = self._kept + (arrivals[0].size if arrivals else 0)
+        super().__init__(Change(Joined(slots, buffer.narrow(0, 0))), buffer, Scratch())
+        self._start, self._middle, self._merging, self._used = start, middle, merging, slots.size
+        if merging is not None:
+            self.size = slots.size - merging.surplus
 
     def apply(self, buffer: Slots) -> None:
-        merging, whole = self._merging, self._change.whole
+        merging = self._merging
         if merging is not None:
+            inside = buffer.narrow(merging.start, merging.stop)
             for name in ("key", "value") if merging.merge_keys else ("value",):
-                inside = buffer[name][:, :, merging.start : merging.stop].flatten(0, 1)
-                merging.runs.fold(inside, merging.count)
-            for name, tensor in buffer.fields.items():
-                if name not in whole:
-                    compact(tensor, merging.keep, merging.start)
-        for name, new in whole.items():
-            buffer[name][:, :, : self._kept] = new
-        write_arrivals(buffer, self._kept, self._behind)
+                merging.runs.fold(inside[name].flatten(0, 1), merging.weight)
+            for name, tensor in inside.fields.items():
+                if name not in self._middle:
+                    fill(tensor, merging.place)
+            for tensor in buffer.fields.values():
+                close_gap(tensor, merging.stop - merging.surplus, merging.surplus, self._used)
+        for name, new in self._middle.items():
+            buffer[name][:, :, self._start : self._start + new.shape[2]] = new
 
 
-def write_arrivals(buffer: Slots, at: int, arrivals: Sequence[Slots]) -> None:
-    """Write each layer's arrivals to its part of `buffer`, from slot `at` on."""
-    for layer, slots in enumerate(arrivals):
-        parts = {name: tensor.chunk(len(arrivals))[layer] for name, tensor in buffer.fields.items()}
-        Slots(parts).write(at, slots)
+def append(policy: TempCache, buffer: Slots, staged: Sequence[Staged]) -> Slots:
+    """The slots in use and, behind them, those that were staged, by layer, for which there is room in `buffer`.
+
+    Keys and values that lie there already, as where attention read them, are not copied; the rest, which only depends
+    on positions, is written for all layers at once.
+    """
+    size, arrived = policy.filled, staged[0].k.shape[2]
+    for layer, each in enumerate(staged):
+        own = {name: buffer[name].chunk(len(staged))[layer] for name in ("key", "value")}
+        Slots(own).write(size, Slots({"key": each.k, "value": each.v}))
+    position = pack_positions(staged[0].positions)
+    metadata = policy.metadata((1, 1, arrived), position.device)
+    for name, tensor in {"position": position[None, None], **metadata}.items():
+        buffer[name][:, :, size : size + arrived] = tensor
+    return buffer.narrow(0, size + arrived)
 
 
 def plan(
@@ -125,38 +148,30 @@ def plan(
         raise ValueError(
             f"commit_by=fused runs on a GPU, not on {policy.spec.device.type}: set commit_by=plain"
         )
-    spec, filled, arrived = policy.spec, policy.filled, staged[0].k.shape[2]
-    frame, total = spec.tokens_per_frame, filled + arrived
+    spec, arrived = policy.spec, staged[0].k.shape[2]
+    frame, total = spec.tokens_per_frame, policy.filled + arrived
     extras = observed(policy, staged, extras)
-    arrivals = [policy.encode(each) for each in staged]
-    if filled < policy.capacity_slots() < total:  # in this one commit they may lie where they are to go
-        arrivals = [Slots({name: x.clone() for name, x in slots.fields.items()}) for slots in arrivals]
-    start = min(policy.sink_frames * frame, total)
-    stop = max(start, total - policy.verbatim_slots())
-    if stop > filled:  # arrivals take part: they join the slots at once, in the room behind them
-        write_arrivals(buffer, filled, arrivals)
-        arrivals, size = [], total
-    else:
-        size = filled
-    used = buffer.narrow(0, size)
-    if stop == start:
-        return FusedEdit(used, buffer, {}, None, arrivals), extras
+    used = append(policy, buffer, staged)
+    start, stop, known = policy.regions(total, arrived)
+    if known == stop - start:  # none entered
+        return FusedEdit(used, buffer, start, {}, None), extras
 
     inside = buffer.narrow(start, stop)
     slots = slots_of(policy, inside, extras["moment"])
-    count = slots.count
+    weight = slots.count
     partner, cost = match(
         slots,
         inside["partner"].to(torch.int32).flatten(0, 1),
-        max(0, stop - start - arrived),
+        known,
         frame,
         policy.weighting,
+        policy.match_frames,
     )
     surplus = total - policy.capacity_slots()
-    merging, whole = None, {"partner": partner}
+    merging, middle = None, {"partner": partner}
     if surplus > 0:
         first = spec.head_dim if policy.key == "last" else 0
-        root, gone, partner, runs = choose(
+        root, gone, partner, runs, rows = choose(
             slots,
             partner,
             cost,
@@ -166,16 +181,15 @@ def plan(
             first=first,
             again=policy.refresh > 0,
         )
-        keep, whole = kept(policy, slots, gone, partner, cost, surplus, arrived)
-        newer = torch.arange(stop, size, dtype=torch.int32, device=keep.device).expand(len(keep), -1)
-        keep = torch.cat([keep + start, newer], 1)
-        merging = Merging(start, stop, runs, count, keep, policy.key == "mean")
+        partner = renewed(policy, slots, inside["position"], gone, partner, cost, surplus, arrived)
+        place = places_of_last(gone, rows)
+        middle = kept(slots, partner, place)
+        merging = Merging(start, runs, weight, place, policy.key == "mean")
         note(policy, layers, inside, root)
-    for name, new in whole.items():
+    for name, new in middle.items():
         tensor = buffer[name]
-        new = new.to(tensor.dtype).unflatten(0, tensor.shape[:2])
-        whole[name] = torch.cat([tensor[:, :, :start], new, tensor[:, :, stop:size]], 2)
-    return FusedEdit(used, buffer, whole, merging, arrivals), extras
+        middle[name] = new.to(tensor.dtype).unflatten(0, tensor.shape[:2])
+    return FusedEdit(used, buffer, start, middle, merging), extras
 
 
 def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
@@ -186,43 +200,50 @@ def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
         projection = random_directions(0, 2 * width, policy.match_width, device)
     factor = moment_factors(expand_moment(moment, "full", width).flatten(0, 1))
     count = inside["count"].float().flatten(0, 1)
-    return FusedSlots.of(inside["key"], inside["value"], count, factor, policy.value_weight, projection)
+    return FusedSlots.of(
+        inside["key"], inside["value"], count, factor, policy.value_weight, projection, policy.cost_by
+    )
 
 
-def kept(
+def renewed(
     policy: TempCache,
     slots: FusedSlots,
+    position: Tensor,
     gone: Tensor,
     partner: Tensor,
     cost: Tensor,
     surplus: int,
     arrived: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The slots that stay, int32 [N, K] ascending, and their counts and partners, these by the new numbers."""
-    size = gone.shape[1]
-    keep = places(gone, size - surplus, wanted=False)
-    wide = keep.long()
-    partner = partner.gather(1, wide)
-    renewed = min(int(policy.refresh * arrived), size - surplus)
-    if renewed:
-        before = cost.gather(1, wide)
-        frame = policy.spec.tokens_per_frame
-        partner = renew(slots, keep, partner, before, renewed, frame, policy.weighting)
-    rank = (gone == 0).cumsum(1, dtype=torch.int32) - 1
-    partner = torch.where(partner < 0, -1, rank.gather(1, partner.clamp_min(0).long()))
-    return keep, {
-        "count": slots.count.gather(1, wide).clamp_max(torch.iinfo(torch.int16).max),
-        "partner": partner,
-    }
+) -> Tensor:
+    """partner [N, M], searched anew for some of the slots that are not gone; `cost` is from before the merges."""
+    stay = gone.shape[1] - surplus
+    number = min(int(policy.refresh * arrived), stay)
+    if not number:
+        return partner
+    age = torch.where(gone != 0, torch.iinfo(torch.int32).max, position.flatten(0, 1))
+    wide = age.argsort(dim=1, stable=True)[:, :stay]  # by age
+    own, before, frame = partner.gather(1, wide), cost.gather(1, wide), policy.spec.tokens_per_frame
+    found = renew(slots, wide.to(torch.int32), own, before, number, frame, policy.weighting)
+    return partner.scatter(1, wide, found)
+
+
+def kept(slots: FusedSlots, partner: Tensor, place: Tensor) -> dict[str, Tensor]:
+    """Counts and partners [N, K] of the slots that stay, where they are to be: the last ones at `place`."""
+    stay = partner.shape[1] - place.shape[1]
+    moved = place.gather(1, (partner - stay).clamp_min(0).long())
+    partner = torch.where(partner < stay, partner, moved)
+    most = torch.iinfo(torch.int16).max
+    fields = {"count": slots.count.clamp_max(most), "partner": partner}
+    return {name: fill(x[None], place)[0, :, :stay] for name, x in fields.items()}
 
 
 def observed(policy: TempCache, staged: Sequence[Staged], extras: dict[str, Tensor]) -> dict[str, Tensor]:
     """`extras` with the arriving queries taken into the second moments of all layers."""
     spec = policy.spec
-    cosine, sine = (x.float() for x in spec.rope.tables(staged[0].positions))
-    arrived = staged[0].k.shape[2]
-    second = [moments(each.q_raw, turns=(cosine, sine), span=_QUERY_SPAN)[1] for each in staged]
-    moment = pack_moment(torch.cat(second).unflatten(0, (-1, spec.num_heads)) / arrived)
+    tables, arrived = spec.rope.tables(staged[0].positions), staged[0].k.shape[2]
+    queries = [apply_rotation(each.q_raw, tables) if each.q is None else each.q for each in staged]
+    second = moments(*queries, span=_QUERY_SPAN)[1]
+    moment = pack_moment(second.unflatten(0, (-1, spec.num_heads)) / arrived)
     seen = extras["observed"] + 1
     share = (1 / seen).clamp_min(1 / policy.moment_horizon)[:, None].expand(-1, spec.batch).reshape(-1, 1, 1)
     old = extras["moment"]

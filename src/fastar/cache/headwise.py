@@ -163,7 +163,8 @@ class HeadwiseCache(CachePolicy):
     def stage(self, layer: int, staged: Staged) -> None:
         for group in self._of(layer):
             q_raw, k_raw, k, v = (x[:, group.heads] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
-            own = Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions)
+            q = None if staged.q is None else staged.q[:, group.heads]
+            own = Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions, q=q)
             group.policy.stage(0, own)
 
     def discard(self) -> None:

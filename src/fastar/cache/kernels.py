@@ -23,16 +23,13 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "span", "heads"])
 def moments(
-    x, cosine, sine, sums, squares, rows, span, heads, batch_stride, head_stride, row_stride,
+    x, sums, squares, rows, span, heads, batch_stride, head_stride, row_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FULL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of part p of the rows x [batch, heads, rows, D], N = batch * heads.
 
     sums [N, P, D]; squares [N, P, D, D] or, if not FULL, [N, P, D].
-
-    ROTATE: rows are turned first, adjacent pairs by the angles whose cosine and sine are [rows, D / 2], and rounded to
-    the dtype of x.
     """
     part, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -48,13 +45,6 @@ def moments(
         mask = (row < rows)[:, None] & used[None, :]
         at = row.to(tl.int64)[:, None] * row_stride
         tile = tl.load(x + at + column[None, :], mask=mask, other=0)
-        if ROTATE:
-            other = tl.load(x + at + (column ^ 1)[None, :], mask=mask, other=0).to(tl.float32)
-            angle = row[:, None] * (D // 2) + (column // 2)[None, :]
-            c = tl.load(cosine + angle, mask=mask, other=0)
-            s = tl.load(sine + angle, mask=mask, other=0)
-            s = tl.where((column % 2 == 0)[None, :], -s, s)
-            tile = (tile.to(tl.float32) * c + other * s).to(tile.dtype)
         wide = tile.to(tl.float32)
         total += tl.sum(wide, 0)
         if FULL:
@@ -143,6 +133,116 @@ def features(
         keys, values = keys.to(tl.float32), values.to(tl.float32)
         norm = tl.sum(keys * keys, 1) + tl.sum(values * values, 1)
     tl.store(offset + problem * size + row, norm * -0.5, mask=row < size)
+
+
+@triton.jit(do_not_specialize=["size"])
+def project(
+    key, value, key_mean, value_mean, key_map, value_map, out, offset, size,
+    key_stride, key_row, value_stride, value_row,
+    D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out [N, M, W] = (key - mean) key_map + (value - mean) value_map of slots [N, M, D]; maps [N, D, W].
+
+    offset [N, M] = -|out|^2 / 2, of the rounded numbers.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < size
+    column = tl.arange(0, WIDTH)
+    used = column < D
+    mask = inside[:, None] & used[None, :]
+    few = tl.arange(0, W)
+    entry = problem * D * W + column[:, None] * W + few[None, :]
+    kind = key_map.dtype.element_ty
+    mean = tl.load(key_mean + problem * D + column, mask=used, other=0)
+    keys = tl.load(key + problem * key_stride + row[:, None] * key_row + column[None, :], mask=mask, other=0)
+    keys = (keys.to(tl.float32) - mean[None, :]).to(kind)
+    seen = product(keys, tl.load(key_map + entry, mask=used[:, None], other=0), PRECISION, UPCAST)
+    mean = tl.load(value_mean + problem * D + column, mask=used, other=0)
+    at = problem * value_stride + row[:, None] * value_row + column[None, :]
+    values = tl.load(value + at, mask=mask, other=0)
+    values = (values.to(tl.float32) - mean[None, :]).to(kind)
+    seen += product(values, tl.load(value_map + entry, mask=used[:, None], other=0), PRECISION, UPCAST)
+    seen = seen.to(out.dtype.element_ty)
+    tl.store(out + problem * size * W + row[:, None] * W + few[None, :], seen, mask=inside[:, None])
+    seen = seen.to(tl.float32)
+    tl.store(offset + problem * size + row, tl.sum(seen * seen, 1) * -0.5, mask=inside)
+
+
+@triton.jit
+def scores(held, keys, offsets, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """q.k + offset [Q, K] of rows held [Q, W] and keys [K, W]."""
+    return product(held, tl.trans(keys), PRECISION, UPCAST) + offsets[None, :]
+
+
+@triton.jit
+def with_tile(score, tile, MASK: tl.constexpr):
+    """Scores whose lowest bits are the number of their tile: the larger of two then says where it is from."""
+    bits = score.to(tl.int32, bitcast=True)
+    return ((bits & ~MASK) | tile).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["size", "known", "frame", "least"])
+def nearest_newer(
+    x, offset, found, size, known, frame, least,
+    F: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """found int32 [N, M]: the slot with the largest x_i.x_j + offset_j among those that entered, in a later frame.
+
+    x [N, M, F], offset [N, M]. Slots from `known` on entered, in frames of `frame`; those before known + least are not
+    searched. Scores keep all but the lowest bits, MASK of them, which say in which tile of K slots the best of each
+    lane was: of scores that agree in the rest, which wins is fixed but arbitrary. Lanes are compared once, at the end.
+    """
+    nowhere = -3.0e38
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * Q + tl.arange(0, Q)
+    inside = row < size - frame  # the newest frame has nothing newer
+    entered = size - known
+    x += problem * size * F
+    offset += problem * size
+    column = tl.arange(0, WIDTH)
+    used = (column < F)[None, :]
+    at = row.to(tl.int64)[:, None] * F + column[None, :]
+    held = tl.load(x + at, mask=inside[:, None] & used, other=0)
+    low = tl.where(row < known, 0, (row - known) // frame * frame + frame)
+    low = tl.minimum(tl.maximum(low, least), entered)
+    lane = tl.arange(0, K)
+    best = tl.full([Q, K], nowhere, tl.float32)
+    x += known.to(tl.int64) * F
+    offset += known
+    start = tl.min(tl.where(inside, low, entered), 0) // K * K
+    clear = tl.minimum((tl.max(tl.where(inside, low, 0), 0) + K - 1) // K * K, entered // K * K)
+    for first in range(start, clear, K):  # some of these are no later frame to some rows
+        slot = first + lane
+        keys = tl.load(x + slot[:, None] * F + column[None, :], mask=used, other=0)
+        score = scores(held, keys, tl.load(offset + slot), PRECISION, UPCAST)
+        score = tl.where(slot[None, :] >= low[:, None], score, nowhere)
+        best = tl.maximum(best, with_tile(score, first // K, MASK))
+    begin = tl.maximum(start, clear)
+    offsets = tl.load(offset + begin + lane, mask=begin + lane < entered, other=0)
+    for first in range(begin, entered // K * K, K):
+        slot = first + lane
+        keys = tl.load(x + slot[:, None] * F + column[None, :], mask=used, other=0)
+        ahead = tl.load(
+            offset + slot + K, mask=slot + K < entered, other=0
+        )  # read while this tile is multiplied
+        score = scores(held, keys, offsets, PRECISION, UPCAST)
+        best = tl.maximum(best, with_tile(score, first // K, MASK))
+        offsets = ahead
+    slot = entered // K * K + lane
+    there = slot < entered
+    keys = tl.load(x + slot[:, None] * F + column[None, :], mask=there[:, None] & used, other=0)
+    score = scores(held, keys, offsets, PRECISION, UPCAST)
+    score = tl.where(there[None, :] & (slot[None, :] >= low[:, None]), score, nowhere)
+    best = tl.maximum(best, with_tile(score, entered // K, MASK))
+
+    top = tl.max(best, 1)
+    slot = (best.to(tl.int32, bitcast=True) & MASK) * K + lane[None, :]
+    first_best = tl.min(tl.where(best == top[:, None], slot, 2147483647), 1)
+    index = tl.where(inside & (top > -1.0e38), known + first_best, -1)
+    tl.store(found + problem * size + row, index, mask=row < size)
 
 
 @triton.jit
@@ -278,11 +378,12 @@ def places(flags, rows, size, number, BLOCK: tl.constexpr, WANTED: tl.constexpr)
         before += tl.sum(take.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["size"])
-def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
-    """root int32 [N, M]: where the chain of merges that starts at each slot ends.
+@triton.jit(do_not_specialize=["size", "hops"])
+def find_roots(chosen, partner, root, size, hops, BLOCK: tl.constexpr):
+    """root int32 [N, M]: where the chain of merges that starts at each slot ends, or where it is after `hops` of them.
 
-    A slot with `chosen` uint8 [N, M] set and a partner int32 [N, M] >= 0 merges into that; others end chains.
+    A slot with `chosen` uint8 [N, M] set and a partner int32 [N, M] >= 0 merges into that; others end chains. They
+    are acyclic, and may be as long as there are slots: a second call hops along what the first one found.
     """
     problem = tl.program_id(1).to(tl.int64)
     chosen += problem * size
@@ -291,29 +392,33 @@ def find_roots(chosen, partner, root, size, BLOCK: tl.constexpr):
     inside = slot < size
     here = slot
     moving = inside
-    more = 1
-    while more > 0:
+    left = hops
+    while left > 0:
         to = tl.load(partner + here, mask=moving, other=-1)
-        moving = moving & (tl.load(chosen + here, mask=moving, other=0) != 0) & (to >= 0)
+        moving = moving & (tl.load(chosen + here, mask=moving, other=0) != 0) & (to >= 0) & (to != here)
         here = tl.where(moving, to, here)
-        more = tl.max(moving.to(tl.int32), 0)
+        left = tl.where(tl.max(moving.to(tl.int32), 0) > 0, left - 1, 0)
     tl.store(root + problem * size + slot, here, mask=inside)
 
 
 @triton.jit(do_not_specialize=["moved"])
 def fold(
     x, count, order, target, total, moved, x_stride, x_row, count_stride, FIRST: tl.constexpr,
-    F: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr, STEP: tl.constexpr, TOTAL: tl.constexpr,
+    F: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Each group's mean, weighted by count [N, M], is written over its root's row of x [N, M, F], from column FIRST on.
 
     order int32 [N, R] are the slots that may move, sorted by `target` int32 [N, R], where they end; a slot that is its
     own target stays. TOTAL: the group's count goes to `total` [N, M] (not `count`, which others read). A program takes
-    RUNS places; one at the end of a run of equal targets walks back through it, STEP rows at a time. Roots do not move
-    and each is written by one program, so none reads what another writes.
+    BLOCK places and sums the runs of equal targets among them by a product with 0 or count; what the first run has in
+    blocks before is added by the program in whose block it ends. Roots do not move and each is written by one program,
+    so none reads what another writes.
     """
     problem = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    first = tl.program_id(0) * BLOCK
+    inner = tl.arange(0, BLOCK)
+    place = first + inner
     order += problem * moved
     target += problem * moved
     x += problem * x_stride
@@ -321,57 +426,61 @@ def fold(
     inside = place < moved
     goal = tl.load(target + place, mask=inside, other=-1)
     after = tl.load(target + place + 1, mask=place + 1 < moved, other=-1)
-    own = tl.load(order + place, mask=inside, other=-1)
+    own = tl.load(order + place, mask=inside, other=0)
     ends = inside & (goal != after) & (own != goal)
     column = FIRST + tl.arange(0, WIDTH)
     used = column < F
-    root = tl.where(ends, goal, 0).to(tl.int64)
-    mask = ends[:, None] & used[None, :]
-    weight = tl.load(count + root, mask=ends, other=0)
-    row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
-    sums = row * weight[:, None]
-    back = tl.arange(0, STEP)
-    walking = ends
-    more = tl.max(walking.to(tl.int32), 0)
-    at = place
-    while more > 0:
-        spot = at[:, None] - back[None, :]
-        member = walking[:, None] & (spot >= 0)
-        member = member & (tl.load(target + spot, mask=member, other=-1) == goal[:, None])
+    few = tl.load(count + own, mask=inside, other=0)
+    reads = inside[:, None] & used[None, :]
+    rows = tl.load(x + own.to(tl.int64)[:, None] * x_row + column[None, :], mask=reads, other=0)
+    share = tl.where(goal[:, None] == goal[None, :], few[None, :], 0)
+    sums = product(share, rows.to(tl.float32), PRECISION, UPCAST)
+    weight = tl.sum(share, 1)
+
+    run = tl.load(target + first)
+    before = tl.load(target + first - 1, mask=first > 0, other=-1)
+    more = (before == run) & (tl.max((ends & (goal == run)).to(tl.int32), 0) > 0)
+    earlier = tl.zeros([WIDTH], tl.float32)
+    earlier_weight = 0.0
+    while more:
+        first -= BLOCK
+        spot = first + inner
+        member = tl.load(target + spot, mask=spot >= 0, other=-1) == run
         slot = tl.load(order + spot, mask=member, other=0).to(tl.int64)
         few = tl.load(count + slot, mask=member, other=0)
-        reads = member[:, :, None] & used[None, None, :]
-        rows = tl.load(x + slot[:, :, None] * x_row + column[None, None, :], mask=reads, other=0).to(
-            tl.float32
-        )
-        sums += tl.sum(rows * few[:, :, None], 1)
-        weight += tl.sum(few, 1)
-        walking = tl.min(member.to(tl.int32), 1) != 0  # all of them were of the run: there may be more
-        more = tl.max(walking.to(tl.int32), 0)
-        at -= STEP
-    mean = sums / tl.where(ends, weight, 1)[:, None]
+        reads = member[:, None] & used[None, :]
+        rows = tl.load(x + slot[:, None] * x_row + column[None, :], mask=reads, other=0)
+        earlier += tl.sum(rows.to(tl.float32) * few[:, None], 0)
+        earlier_weight += tl.sum(few, 0)
+        more = tl.min(member.to(tl.int32), 0) > 0
+    sums += tl.where((goal == run)[:, None], earlier[None, :], 0)
+    weight += tl.where(goal == run, earlier_weight, 0)
+
+    root = tl.where(ends, goal, 0).to(tl.int64)
+    mask = ends[:, None] & used[None, :]
+    own_weight = tl.load(count + root, mask=ends, other=1)
+    row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
+    weight += own_weight
+    mean = (sums + row * own_weight[:, None]) / weight[:, None]
     tl.store(x + root[:, None] * x_row + column[None, :], mean.to(x.dtype.element_ty), mask=mask)
     if TOTAL:
         tl.store(total + problem * count_stride + root, weight, mask=ends)
 
 
-@triton.jit(do_not_specialize=["first", "count"])
-def compact(
-    x, keep, first, count, x_stride, x_row,
+@triton.jit(do_not_specialize=["first", "moved"])
+def fill(
+    x, place, first, moved, x_stride, x_row,
     F: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Slots `keep` int32 [N, K], ascending, of x [N, M, F] move to the front, in place: to slots `first` and on.
+    """Slots first .. first + R - 1 of x [N, M, F] move, in place, to slots `place` int32 [N, R] before them, unless -1.
 
-    A program moves WIDTH of a problem's columns, BLOCK slots at a time. No slot moves backwards (keep[j] >= first + j),
-    so that what it writes has been read: by itself in an earlier step, or in this one, for which all its threads wait.
+    No two have the same place, so that nothing is read where something is written.
     """
     problem = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    to = tl.load(place + problem * moved + slot, mask=slot < moved, other=-1).to(tl.int64)
+    mask = (to >= 0)[:, None] & (column < F)[None, :]
     x += problem * x_stride + column[None, :]
-    for start in range(0, count, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        mask = (place < count)[:, None] & (column < F)[None, :]
-        source = tl.load(keep + problem * count + place, mask=place < count, other=0).to(tl.int64)
-        rows = tl.load(x + source[:, None] * x_row, mask=mask, other=0)
-        tl.debug_barrier()
-        tl.store(x + (first + place).to(tl.int64)[:, None] * x_row, rows, mask=mask)
+    rows = tl.load(x + (first + slot).to(tl.int64)[:, None] * x_row, mask=mask)
+    tl.store(x + to[:, None] * x_row, rows, mask=mask)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastar.ann.similarity import Similarity, key_features, random_directions
-from fastar.cache.allocation import Candidates
+from fastar.cache.allocation import Candidates, CostBy
 from fastar.cache.base import CacheSpec
 from fastar.cache.merge import Joins, Representative, group_medoid, rows_of
-from fastar.cache.moments import Moment, expand_moment
+from fastar.cache.moments import Moment, expand_moment, sampled
 from fastar.cache.slots import SlotFormat, Slots, unpack_positions
 
 MatchSpace = Literal["raw", "roped"]
@@ -36,6 +36,8 @@ class MergeRules:
     per_head: bool
     moment: Moment
     match_width: int | None = None
+    match_frames: int | None = None
+    cost_by: CostBy = "features"
 
     @property
     def lead(self) -> tuple[int, int]:
@@ -79,7 +81,7 @@ class Middle:
     Attributes:
         slots: M of them.
         candidates: features z = [key features; scaled value], in which merges are cheap or dear; counts; partners.
-        value_scale: [N, 1, Dv], turns values into features: the variances of both parts become alike.
+        value_scale: [N, 1, Dv], turns values into features: the variances of both parts, of a sample, become alike.
     """
 
     def __init__(self, slots: Slots, rules: MergeRules, moment: Tensor | None) -> None:
@@ -88,7 +90,8 @@ class Middle:
         expanded = None if moment is None else expand_moment(moment, rules.moment, rules.spec.head_dim)
         key = key_features(rules.keys(slots), rules.similarity, query_moment=expanded)
         value = rules.values(slots)
-        scale = (rules.value_weight * _variance(key) / _variance(value).clamp_min(1e-12)).sqrt()
+        spread, value_spread = _variance(sampled(key)), _variance(sampled(value))
+        scale = (rules.value_weight * spread / value_spread.clamp_min(1e-12)).sqrt()
         self.value_scale = rules.fold(scale[..., None, None].expand(-1, -1, 1, value.shape[-1]))
         key, value = rules.fold(key), rules.fold(value)
         width = key.shape[-1]
@@ -99,7 +102,9 @@ class Middle:
         projection = None
         if rules.match_width is not None:
             projection = random_directions(0, features.shape[2], rules.match_width, features.device)
-        self.candidates = Candidates(features, count, partner, width, projection)
+        self.candidates = Candidates(
+            features, count, partner, width, projection, rules.cost_by, rules.match_frames
+        )
 
     def merged(self, root: Tensor, joins: Joins) -> tuple[dict[str, Tensor], Tensor]:
         """Fields [.., R, ...] and features [N, R, F] of the slots at `joins.place`: merged, if that is their root.

@@ -9,6 +9,8 @@ from torch import Tensor
 
 Moment = Literal["full", "diagonal"]
 
+_SAMPLE = 1024
+
 
 def moment_shape(kind: Moment, batch: int, heads: int, head_dim: int) -> tuple[int, ...]:
     """Shape of a stored moment: the lower triangle (the rest is its mirror image), or the diagonal."""
@@ -33,11 +35,15 @@ def expand_moment(stored: Tensor, kind: Moment, head_dim: int) -> Tensor:
     """The moment as [B, H, D, D], or its diagonal [B, H, D], float32."""
     if kind == "diagonal":
         return stored.float()
-    row, column = _triangle(head_dim, stored.device)
-    full = stored.new_zeros(*stored.shape[:2], head_dim, head_dim, dtype=torch.float32)
-    full[..., row, column] = stored.float()
-    full[..., column, row] = stored.float()
-    return full
+    row = torch.arange(head_dim, device=stored.device)
+    high, low = torch.maximum(row[:, None], row), torch.minimum(row[:, None], row)
+    place = high * (high + 1) // 2 + low  # in the lower triangle, row by row
+    return stored.float()[..., place]
+
+
+def sampled(x: Tensor) -> Tensor:
+    """x [B, H, M, D] at every n-th slot, 1,024 or a little more: enough for a mean and a variance."""
+    return x[:, :, :: max(1, x.shape[2] // _SAMPLE)]
 
 
 def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ class SlotPolicy(CachePolicy):
     allocates nothing). Where the slots are as attention wants them, it reads them there, with the current chunk behind
     them (`room`).
 
-    Slots are ordered by age, oldest first. Keys are stored roped, at the storage precision; so are quantised ones.
+    Slots are ordered by age, oldest first, unless a policy says otherwise of those that merge. Keys are stored roped,
+    at the storage precision; so are quantised ones.
 
     Args:
         slot_bits: 16, or 8 and 4 for codes that are really packed in memory (see `SlotFormat`).
@@ -109,6 +110,10 @@ class SlotPolicy(CachePolicy):
     def new_extras(self) -> dict[str, Tensor]:
         """Tensors of fixed size that a layer keeps besides its slots."""
         return {}
+
+    def old_slots(self, layer: int) -> Slots:
+        """A layer's slots before a commit, as `absorb` is to see them."""
+        return self._buffers[layer].narrow(0, self.filled)
 
     def note_merges(self, layer: int, before: Slots, after: Slots, root: Tensor) -> None:
         """To be called by policies that merge: `before` ended in slots `root` [N, S], which `after` shows merged."""
@@ -238,7 +243,7 @@ class SlotPolicy(CachePolicy):
         return self.spec.num_layers * (capacity * self.slot_bytes() + self.extras_bytes())
 
     def working_bytes(self) -> int:
-        """Bytes allocated beyond `bytes_used`: slots not filled, among them the current chunk's, and an engine's own."""
+        """Bytes beyond `bytes_used`: of slots not filled, the current chunk's among them, and an engine's own."""
         return self._buffers.nbytes - sum(buffer.narrow(0, self.filled).nbytes for buffer in self._buffers)
 
     def slot_bytes(self) -> int:
@@ -337,7 +342,7 @@ class SlotPolicy(CachePolicy):
         return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
 
     def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
-        slots, extras = self._buffers[layer].narrow(0, self.filled), dict(self._extras[layer])
+        slots, extras = self.old_slots(layer), dict(self._extras[layer])
         blocks = list(self._blocks(self._staged[layer]))
         for block in blocks:
             result = self.absorb(layer, Joined(slots, self.encode(block)), block.k.shape[2], block, extras)

@@ -7,7 +7,7 @@ fixed instead of a threshold: of all slots, the merges that cost least are done,
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.ann.launch import check_triton
 from fastar.ann.similarity import SIMILARITIES, Similarity
-from fastar.cache.allocation import Candidates, choose, match, renew
+from fastar.cache.allocation import Candidates, CostBy, choose, match, renew
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
 from fastar.cache.change import Change, Joined, Scratch
@@ -68,7 +68,9 @@ class TempCache(BudgetedPolicy):
             an exact search of their own; for the default similarity, slots of 16 bits and groups that each head makes
             for itself. Commits of several chunks (a prefill) are plain.
         match_width: numbers that a search for partners compares, a power of two, at least 16: the features along so
-            many random directions. Costs are of all features whatever it is. None: all.
+            many random directions. None: all.
+        match_frames: newest frames of those that enter in which a search looks for partners. None: all.
+        cost_by: what costs are of: all `features`, or those `searched` by, along the directions of `match_width`.
         layers_at_once: with `fused`, most layers whose plans are made together; more need more memory for the moment,
             4 D bytes a slot and head each.
         budget: see `BudgetedPolicy`.
@@ -95,6 +97,8 @@ class TempCache(BudgetedPolicy):
         matcher: Matcher | None = None,
         commit_by: Literal["plain", "fused"] = "plain",
         match_width: int | None = None,
+        match_frames: int | None = None,
+        cost_by: CostBy = "features",
         layers_at_once: int = 30,
         **budget: Unpack[BudgetOptions],
     ) -> None:
@@ -119,6 +123,7 @@ class TempCache(BudgetedPolicy):
         self.rounds, self.refresh, self.moment, self.moment_horizon = rounds, refresh, moment, moment_horizon
         self.matcher = ExactMatcher() if matcher is None else matcher
         self.commit_by, self.match_width, self.layers_at_once = commit_by, match_width, layers_at_once
+        self.match_frames, self.cost_by = match_frames, cost_by
         self._check_commit_by()
 
     def _check_commit_by(self) -> None:
@@ -126,8 +131,11 @@ class TempCache(BudgetedPolicy):
         width = self.match_width
         if width is not None and (width < 16 or width & (width - 1)):
             raise ValueError(f"match_width must be a power of two and at least 16, got {width}")
-        if self.layers_at_once < 1:
-            raise ValueError(f"layers_at_once must be at least 1, got {self.layers_at_once}")
+        if self.layers_at_once < 1 or (self.match_frames is not None and self.match_frames < 1):
+            raise ValueError(
+                f"layers_at_once and match_frames must be at least 1, got {self.layers_at_once} and {self.match_frames}"
+            )
+        check_choice("cost_by", self.cost_by, ("features", "searched"))
         if self.commit_by == "plain":
             return
         check_triton()
@@ -138,6 +146,8 @@ class TempCache(BudgetedPolicy):
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 raise ValueError(f"commit_by=fused needs {name}={value}, got {getattr(self, name)}")
+        if self.cost_by == "searched" and self.key != "mean":
+            raise ValueError(f"commit_by=fused with cost_by=searched needs key=mean, got {self.key}")
         if self.key == "medoid" or self._format.bits != 16:
             raise ValueError(
                 f"commit_by=fused needs key=mean or last and slot_bits=16, got {self.key} and {self._format.bits}"
@@ -175,8 +185,7 @@ class TempCache(BudgetedPolicy):
         return max(0, min(int(self.recent_share * self.capacity_slots()), room)) // chunk * chunk
 
     def spare_slots(self) -> int:
-        chunk = self.spec.chunk_frames * self.spec.tokens_per_frame
-        return chunk if self.commit_by == "fused" and self.verbatim_slots() < chunk else 0
+        return self.spec.chunk_frames * self.spec.tokens_per_frame if self.commit_by == "fused" else 0
 
     def reserved_slots(self) -> int:
         return self._least_slots() + (self.recent_frames or 0) * self.spec.tokens_per_frame
@@ -190,6 +199,48 @@ class TempCache(BudgetedPolicy):
         if not self.log_count or seen <= self.filled:
             return None  # nothing has been merged yet
         return slots["count"].float().log().expand(self.spec.batch, self.spec.num_heads, -1)
+
+    @property
+    def _has_merged(self) -> bool:
+        """Whether the cache has been full, so that frames before `exact_from` share slots."""
+        return self.exact_from > self.first_frame
+
+    def regions(self, total: int, arrived: int) -> tuple[int, int, int]:
+        """Of `total` slots, the last `arrived` of them new: where those that may merge start and stop.
+
+        Third, how many of these had entered before, and so have partners: after a rewrite, nothing may enter anew.
+        """
+        capacity, size = self.capacity_slots(), total
+        if self._has_merged:
+            size, arrived = max(total, capacity), min(arrived, max(0, total - capacity))
+        start = min(self.sink_frames * self.spec.tokens_per_frame, total)
+        stop = max(start, size - self.verbatim_slots())
+        return start, stop, max(0, stop - start - arrived)
+
+    def layout(self) -> tuple[int, ...] | None:
+        return (self.filled, self._buffers.generation, self._has_merged)
+
+    def old_slots(self, layer: int) -> Slots:
+        slots = super().old_slots(layer)
+        return self._by_age(slots) if self.commit_by == "fused" and self._has_merged else slots
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        if (
+            self.commit_by == "plain" and self._has_merged and self.key != "medoid"
+        ):  # a medoid's place is no age
+            for buffer in self._buffers:  # it may have been saved by fused commits
+                buffer.write(0, self._by_age(buffer.narrow(0, self.filled)))
+
+    def _by_age(self, slots: Slots) -> Slots:
+        """A copy, oldest first, which fused commits do not keep."""
+        order = slots["position"].argsort(dim=2, stable=True)
+        rank = order.argsort(dim=2)
+        start = self.regions(self.filled, 0)[0]
+        partner = slots["partner"].gather(2, order)
+        moved = rank.gather(2, partner.clamp_min(0).long() + start) - start
+        partner = torch.where(partner < 0, -1, moved).to(partner.dtype)
+        return slots.gather(order).replace(partner=partner)
 
     # -- a commit of many layers at once ---------------------------------------------------------------------------
 
@@ -216,11 +267,9 @@ class TempCache(BudgetedPolicy):
     ) -> Change:
         self._observe(staged, extras)
         frame = self.spec.tokens_per_frame
-        start = min(self.sink_frames * frame, slots.size)
-        stop = max(start, slots.size - self.verbatim_slots())
-        known = max(0, stop - start - arrived)  # slots that were in the middle before this commit
+        start, stop, known = self.regions(slots.size, arrived)
         surplus = slots.size - self.capacity_slots()
-        if stop == start:
+        if known == stop - start:  # none entered
             return Change(slots)
         middle = Middle(slots.narrow(start, stop), self._rules(), extras.get("moment"))
         candidates = middle.candidates
@@ -262,6 +311,8 @@ class TempCache(BudgetedPolicy):
             per_head=self.per_head,
             moment=self.moment,
             match_width=self.match_width,
+            match_frames=self.match_frames,
+            cost_by=self.cost_by,
         )
 
     def _shrink(
@@ -295,6 +346,7 @@ class TempCache(BudgetedPolicy):
                 partner,
                 candidates.key_width,
                 candidates.projection,
+                candidates.cost_by,
             )
             frame, search = self.spec.tokens_per_frame, self.matcher.exact()
             partner = renew(left, cost.gather(1, keep), renewed, frame, self.weighting, search)

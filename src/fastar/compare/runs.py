@@ -91,9 +91,7 @@ class ComparisonRuns:
             "dtype": config.dtype,
             "batch": batch,
         }
-        if self.session.autoencoder_weights is not None:  # its own is part of the backbone's weights
-            shared["autoencoder"] = self.session.autoencoder_weights
-        return shared
+        return shared | self.session.parts
 
     @cached_property
     def _data_identity(self) -> dict[str, Any]:

@@ -50,6 +50,12 @@ class Session:
     autoencoder_weights: str | None = None
 
     @property
+    def parts(self) -> dict[str, str]:
+        """sha256 of what computes beside the backbone, or is merged into it, by name: for the identity of a run."""
+        known = {"autoencoder": self.autoencoder_weights, "lora": self.backbone.lora_sha256}
+        return {name: sha256 for name, sha256 in known.items() if sha256 is not None}
+
+    @property
     def chunk(self) -> int:
         """Frames of a chunk."""
         return self.loop.chunk_frames
@@ -137,6 +143,10 @@ def open_session(config: DictConfig) -> Session:
         torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")
     device = torch.device(best_device() if config.device == "auto" else config.device)
+    if config.get("lora") is not None and config.checkpoint == RANDOM:
+        raise ValueError(
+            "a LoRA changes weights that mean something: leave lora=... out, or name its checkpoint"
+        )
     if config.checkpoint == RANDOM:
         backbone = random_backbone(config.backbone, device)
     else:
@@ -146,6 +156,8 @@ def open_session(config: DictConfig) -> Session:
             device=device,
             dtype=DTYPES[config.dtype],
             use_ema=config.get("use_ema", True),
+            lora=config.get("lora"),
+            lora_alpha=config.get("lora_alpha"),
             store=config.paths.checkpoints,
             cache=config.paths.cache,
         )

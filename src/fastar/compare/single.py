@@ -149,10 +149,8 @@ def run_arguments(
         "dtype": config.dtype,
         "warmup_chunks": config.warmup_chunks,
     }
-    if session.autoencoder_weights is not None:  # its own is part of the backbone's weights
-        identity["autoencoder"] = session.autoencoder_weights
     return {
-        "config": identity,
+        "config": identity | session.parts,
         "seed": seed,
         "checkpoint_sha256": session.weights,
         "timing_device": device_name(session.device),

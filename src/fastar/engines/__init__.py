@@ -47,7 +47,8 @@ class EngineChoice:
 def key_width(engine: str, head_dim: int, device: torch.device | str | None = None) -> int:
     """Width at which an engine wants keys that carry their log-counts stored, 144 to 192 for heads of 128.
 
-    Given a `device`, `head_dim` where log-counts apart are no dearer. Keys kept at this width (`fastar.engines.augmented`) are attended to with `head_dim=` and without a copy.
+    Given a `device`, `head_dim` where log-counts apart are no dearer. Keys kept at this width
+    (`fastar.engines.augmented`) are attended to with `head_dim=` and without a copy.
 
     Args:
         engine: a name that `resolve` returned.

@@ -1,4 +1,4 @@
-"""Triton kernels of the engines: attention over packed slots, and moving tokens into the order of a plan.
+"""Triton kernels of the engines: attention over packed slots, the order of a plan's tokens and the lists of its blocks.
 
 Legend: H heads of all batch entries, n queries, s packed slots, c keys of the current chunk, D numbers a head. A
 program of attention holds a tile of Q queries of one head and streams over tiles of K packed slots, which become
@@ -26,13 +26,15 @@ def unpacked(codes, low, step, row, known, D: tl.constexpr, GROUP: tl.constexpr,
     each = row[:, None] * (D // GROUP) + group[None, :]
     bottom = tl.load(low + each, mask=known[:, None], other=0).to(tl.float32)[:, :, None]
     size = tl.load(step + each, mask=known[:, None], other=0).to(tl.float32)[:, :, None]
-    BYTES: tl.constexpr = GROUP * BITS // 8
-    place = each[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :]
-    code = tl.load(codes + place, mask=known[:, None, None], other=0)
+    number = tl.arange(0, GROUP)
     if BITS == 8:
-        x = bottom + size * code.to(tl.float32)
-    else:
-        x = tl.join(bottom + size * (code & 15).to(tl.float32), bottom + size * (code >> 4).to(tl.float32))
+        place = each[:, :, None] * GROUP + number[None, None, :]
+        code = tl.load(codes + place, mask=known[:, None, None], other=0)
+    else:  # each byte is read twice: joining two halves of a row gave wrong numbers on a GPU (Triton 3.6)
+        place = each[:, :, None] * (GROUP // 2) + (number // 2)[None, None, :]
+        code = tl.load(codes + place, mask=known[:, None, None], other=0)
+        code = (code >> (number % 2 * 4).to(tl.uint8)[None, None, :]) & 15
+    x = bottom + size * code.to(tl.float32)
     return tl.reshape(x, [K, D])
 
 

@@ -27,7 +27,7 @@ class Tile:
 
 
 # Compiles for sm_90 without spilled registers (tests/engines/compile_kernels.py), not tuned on a GPU.
-TILE = Tile(queries=128, keys=64, warps=8, stages=3)
+TILES = {8: Tile(queries=128, keys=64, warps=8, stages=3), 4: Tile(queries=128, keys=64, warps=8, stages=2)}
 _SMALLEST, _WIDEST = 16, 128
 
 
@@ -61,7 +61,7 @@ def attend_packed(
     v: Tensor,
     *,
     log_count: Tensor | None = None,
-    tile: Tile = TILE,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over packed slots and the current chunk, softmax scale 1/sqrt(D).
 
@@ -70,6 +70,7 @@ def attend_packed(
         keys, values: S packed slots, or slices of S slots of larger buffers, all of which have the same capacity.
         log_count: [B, H, S] float32, or broadcastable to it: added to the logits of a slot, -inf for an empty one. Read
             in place if it is the beginning of a contiguous buffer of the slots' capacity.
+        tile: None for the one of `TILES` that suits the fewest bits.
 
     Returns:
         out [B, H, Lq, D] in q's dtype, and natural log-sum-exp [B, H, Lq] float32. A query without any key to attend
@@ -81,6 +82,7 @@ def attend_packed(
     _check_machine(q)
     capacity = _check(q, keys, values, k, v)
     (batch, heads, n, head_dim), slots = q.shape, keys.codes.shape[2]
+    tile = tile or TILES[min(keys.bits(head_dim), values.bits(head_dim))]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     bias = log_count
     if log_count is not None and _bias_strides(log_count) != (heads * capacity, capacity, 1):

@@ -1,7 +1,8 @@
 """What an attention engine is, which there are, and whether one fits a call.
 
-To add an engine, write a module that defines an `Engine` and name it in `_ENTRIES`. Modules are imported on
-first use, so that a missing kernel package costs nothing until its engine is asked for.
+To add an engine, write a module that defines an `Engine` and name it in `_ENTRIES`, and in `fastar.engines.auto` once
+it is measured. Modules are imported on first use, so that a missing kernel package costs nothing until its engine is
+asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tokens put in the order of a block plan, and back: one kernel each, whatever the strides."""
+"""What a block plan costs on a GPU beside attention: its tokens put in order and back, and its blocks listed, with one
+kernel each."""
 
 from __future__ import annotations
 
@@ -46,14 +47,19 @@ def put_back(x: Tensor, order: Tensor) -> Tensor:
 def _move(source: Tensor, order: Tensor, target: Tensor, *, scatter: bool) -> None:
     assert source.stride(-1) == 1 and source.shape == target.shape and order.shape == source.shape[:3]
     batch, heads, length, width = source.shape
-    _kernel()[(-(-length // _ROWS), batch * heads)](
+    _kernels().move_rows[(-(-length // _ROWS), batch * heads)](
         source, order.contiguous(), target, length, heads, *source.stride()[:3], *target.stride()[:3],
-        D=width, ROWS=_ROWS, WIDTH=1 << (width - 1).bit_length(), SCATTER=scatter,
+        D=width, ROWS=_ROWS, WIDTH=_power_of_two(width), SCATTER=scatter,
     )  # fmt: skip
 
 
-def _kernel() -> Any:
-    # imported late: Triton is an optional package
-    from fastar.engines.kernels import move_rows
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (count - 1).bit_length()
 
-    return move_rows
+
+def _kernels() -> Any:
+    """The module of the kernels, imported late: Triton is an optional package."""
+    from fastar.engines import kernels
+
+    return kernels

@@ -84,7 +84,7 @@ class CapturedPasses:
         self._check(transformer, state)
         self.transformer, self.state = transformer, state
         self._graphs = Graphs(state.device)
-        self._latents: dict[torch.Size, Tensor] = {}
+        self._inputs: dict[tuple[str, torch.Size], Tensor] = {}
         self._levels: dict[tuple[float, ...], Tensor] = {}
         state.places.keeps_addresses = True
 
@@ -98,17 +98,20 @@ class CapturedPasses:
         latents: Tensor,
         text: ProjectedTokens | None,
         require_finite: RequireFinite,
+        *,
+        actions: Tensor | None = None,
+        poses: Tensor | None = None,
     ) -> Tensor:
         """One forward under `context`: velocity [B, F, C, h, w] float32, valid until the next pass."""
-        latents, levels = self._latents_at(latents), self._levels_of(context, len(latents))
+        inputs = {"latents": latents.float(), "actions": actions, "poses": poses}
+        given = {name: self._kept(name, x) for name, x in inputs.items() if x is not None}
+        given["timesteps"] = self._levels_of(context, len(latents))
         state, cache = self.state, self.state.cache
         state.begin_pass(context)
         steps = tuple((part.step, part.num_frames) for part in context.parts)
         key = (context.kind, steps, context.num_frames, latents.shape, cache.layout())
         try:
-            velocity, finite, staged = self._graphs.run(
-                key, lambda: self._forward(context, latents, levels, text)
-            )
+            velocity, finite, staged = self._graphs.run(key, lambda: self._forward(context, given, text))
             for layer, tokens in staged.items():  # by nobody, if it was replayed
                 cache.stage(layer, tokens)
             if context.commits:
@@ -122,20 +125,20 @@ class CapturedPasses:
         return velocity
 
     def _forward(
-        self, context: PassContext, latents: Tensor, levels: Tensor, text: ProjectedTokens | None
+        self, context: PassContext, given: dict[str, Tensor], text: ProjectedTokens | None
     ) -> tuple[Tensor, Tensor, dict[int, Staged]]:
         self.state.places.rope.forget()  # its tables are to be made in this graph, if in any
-        velocity = self.transformer(latents, levels, attend=self.state.attend, text=text).float()
+        velocity = self.transformer(**given, attend=self.state.attend, text=text).float()
         staged = dict(self.state.cache.staged) if context.commits else {}
         return velocity, torch.isfinite(velocity).all(), staged
 
-    def _latents_at(self, latents: Tensor) -> Tensor:
-        """The latents where graphs read them."""
-        kept = self._latents.get(latents.shape)
+    def _kept(self, name: str, x: Tensor) -> Tensor:
+        """An input where graphs read it."""
+        kept = self._inputs.get((name, x.shape))
         if kept is None:
-            kept = self._latents[latents.shape] = latents.to(self.state.device, torch.float32, copy=True)
+            kept = self._inputs[name, x.shape] = x.to(self.state.device, copy=True)
         else:
-            kept.copy_(latents)
+            kept.copy_(x, non_blocking=True)
         return kept
 
     def _levels_of(self, context: PassContext, batch: int) -> Tensor:
@@ -153,7 +156,7 @@ class CapturedPasses:
             is None,
             f"{type(state.self_selector).__name__}, which draws on the host": state.self_selector.draws,
             "recorders, which look at every call": bool(state.recorders),
-            "actions": config.num_actions is not None or config.action_module is not None,
+            "an action module, which has a past of its own": config.action_module is not None,
             "an image to start from": config.image_dim is not None or config.condition_channels > 0,
         }
         for what, there in refused.items():

@@ -219,7 +219,10 @@ class Rollout:
     def run_pass(self, context: PassContext, latents: Tensor, actions: Tensor | None) -> Tensor:
         """One forward under `context`; the state commits only if its result is finite."""
         if self._captured is not None:
-            return self._captured.run(context, latents, self._prompt(), self._require_finite)
+            return self._captured.run(
+                context, latents, self._prompt(), self._require_finite,
+                actions=actions, poses=self._poses(actions),
+            )  # fmt: skip
         timesteps = torch.tensor([context.timesteps], device=self.device, dtype=torch.float32)
         self.state.begin_pass(context)
         try:
