@@ -89,7 +89,7 @@ class CapturedPasses:
         state.places.keeps_addresses = True
 
     def clear(self) -> None:
-        """Forget all graphs: the prompt or the state is another."""
+        """Forget all graphs: the prompt or the state is another, or a pass failed."""
         self._graphs.clear()
 
     def run(
@@ -117,6 +117,8 @@ class CapturedPasses:
             if context.commits:
                 require_finite(finite, f"{context.kind} pass")
         except BaseException:
+            # later passes of a chunk read what its first one made: all are captured in one chunk, or none
+            self.clear()
             state.abort_pass()
             raise
         state.end_pass(lambda work: self._graphs.run(("cache", *key), work))
