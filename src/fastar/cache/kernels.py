@@ -427,8 +427,7 @@ def fold(
     goal = tl.load(target + place, mask=inside, other=-1)
     after = tl.load(target + place + 1, mask=place + 1 < moved, other=-1)
     own = tl.load(order + place, mask=inside, other=0)
-    # a number, since Triton 3.6 loses the layout of a truth value that is used before and after the loop below
-    ends = inside.to(tl.int32) * (goal != after).to(tl.int32) * (own != goal).to(tl.int32)
+    ends = inside & (goal != after) & (own != goal)
     column = FIRST + tl.arange(0, WIDTH)
     used = column < F
     few = tl.load(count + own, mask=inside, other=0)
@@ -440,7 +439,7 @@ def fold(
 
     run = tl.load(target + first)
     before = tl.load(target + first - 1, mask=first > 0, other=-1)
-    more = (before == run) & (tl.max(ends * (goal == run).to(tl.int32), 0) > 0)
+    more = (before == run) & (tl.max((ends & (goal == run)).to(tl.int32), 0) > 0)
     earlier = tl.zeros([WIDTH], tl.float32)
     earlier_weight = 0.0
     while more:
@@ -457,15 +456,16 @@ def fold(
     sums += tl.where((goal == run)[:, None], earlier[None, :], 0)
     weight += tl.where(goal == run, earlier_weight, 0)
 
-    root = (goal * ends).to(tl.int64)
-    mask = (ends != 0)[:, None] & used[None, :]
-    own_weight = tl.load(count + root, mask=ends != 0, other=1)
+    # not where(ends, goal, 0), with which Triton 3.6 does not compile
+    root = tl.maximum(goal, 0).to(tl.int64)
+    mask = ends[:, None] & used[None, :]
+    own_weight = tl.load(count + root, mask=ends, other=1)
     row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
     weight += own_weight
     mean = (sums + row * own_weight[:, None]) / weight[:, None]
     tl.store(x + root[:, None] * x_row + column[None, :], mean.to(x.dtype.element_ty), mask=mask)
     if TOTAL:
-        tl.store(total + problem * count_stride + root, weight, mask=ends != 0)
+        tl.store(total + problem * count_stride + root, weight, mask=ends)
 
 
 @triton.jit(do_not_specialize=["first", "moved"])
