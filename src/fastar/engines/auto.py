@@ -10,10 +10,10 @@ that torch), bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131
     sdpa         308  315
 
 One engine serves all calls of a rollout but those over few keys, a prompt's, so that methods of one comparison differ
-in nothing else. FlashAttention-4 comes first: within 6 % of the fastest dense call, the fastest log-counted one at many keys, and the only one of the
-first three that executes block plans. `experiments/benchmark.py` measures the table anew. At 512 keys without
-log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038 and SDPA 0.064 (same machine, 2026-11-26,
-`experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
+in nothing else. FlashAttention-4 comes first: within 6 % of the fastest dense call, the fastest log-counted one at many
+keys, and the only one of the first three that executes block plans. `experiments/benchmark.py` measures the table anew.
+At 512 keys without log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038 and SDPA 0.064 (same
+machine, 2026-11-26, `experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
 """
 
 from __future__ import annotations
