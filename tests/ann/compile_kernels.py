@@ -46,7 +46,7 @@ def main() -> None:
     squares = compiled(kernels.halved_squares, "bf16", TILES[2], D=256, BLOCK=64, MASKED=True)
     report("halved_squares", squares, "ld.global")
     types = {"x": "*bf16", "vectors": "*bf16", "offset": "*fp32", "out": "*i64"}
-    for signs, count in ((True, 16), (False, 32), (False, 256)):
+    for signs, count in ((True, 16), (False, 32), (False, 128)):
         constants = {"D": 128, "WIDTH": WIDTH, "ROWS": ROWS, "COUNT": count, "SIGNS": signs, "UPCAST": False}
         result = hopper.compiled(
             bucket_kernels.codes, types, constants, ("x_problem", "x_row", "vectors_problem")

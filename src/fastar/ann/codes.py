@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROWS, WIDTH = 64, 64  # vectors of a program, and how many of their numbers it multiplies at a time
-MOST = 256  # centroids that the kernel holds
+MOST = 128  # centroids that the kernel holds, in float32 too
 
 
 def sign_codes(x: Tensor, planes: Tensor, centre: Tensor | None = None) -> Tensor:

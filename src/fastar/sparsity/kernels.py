@@ -97,7 +97,6 @@ def choose_blocks(
     known = (tl.load(live + problem) + K - 1) // K
     score = tl.load(scores + row * key_blocks + column, mask=column < key_blocks, other=0)
     score = tl.where(column * K < current, float("inf"), score)
-    exists = column < known
     ahead = tl.zeros([BLOCKS], tl.int32)  # blocks that are chosen before each
     for start in range(0, key_blocks, OTHERS):
         other = start + tl.arange(0, OTHERS)
@@ -107,7 +106,7 @@ def choose_blocks(
             (its[:, None] == score[None, :]) & (other[:, None] < column[None, :])
         )
         ahead += tl.sum((better & (other < known)[:, None]).to(tl.int32), 0)
-    chosen = exists & (ahead < tl.load(quotas + known))
+    chosen = (column < known) & (ahead < tl.load(quotas + known))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(mask + row * key_blocks + column, chosen.to(tl.uint8), mask=column < key_blocks)
     tl.store(indices + row * key_blocks + place, column, mask=chosen)
