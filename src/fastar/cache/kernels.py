@@ -456,7 +456,8 @@ def fold(
     sums += tl.where((goal == run)[:, None], earlier[None, :], 0)
     weight += tl.where(goal == run, earlier_weight, 0)
 
-    root = tl.maximum(goal, 0).to(tl.int64)  # no `where`: Triton 3.6 takes the layouts of one here for a mistake
+    # not where(ends, goal, 0), with which Triton 3.6 does not compile
+    root = tl.maximum(goal, 0).to(tl.int64)
     mask = ends[:, None] & used[None, :]
     own_weight = tl.load(count + root, mask=ends, other=1)
     row = tl.load(x + root[:, None] * x_row + column[None, :], mask=mask, other=0).to(tl.float32)
