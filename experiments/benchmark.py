@@ -3,6 +3,7 @@
     python experiments/benchmark.py                      # attention engines
     python experiments/benchmark.py mode=record          # real motion, which the modes below read
     python experiments/benchmark.py mode=rollout         # methods at their budgets, beside the stock window
+    python experiments/benchmark.py mode=loops method=all           # every method on every sampling loop
 
 conf/benchmark.yaml explains the settings and the other modes.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from fastar.compare.command import check_choices, clear_errors
+from fastar.compare.command import check_choices, clear_errors, with_all
 
 METHODS = Path(__file__).resolve().parent.parent / "conf/method"
 
@@ -28,5 +29,6 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = with_all(sys.argv[1:], METHODS)
     check_choices(sys.argv[1:], METHODS)
     main()

@@ -56,10 +56,12 @@ def small_backbone(seed: int = 0, *, text_dim: int | None = None) -> Backbone:
     return backbone
 
 
-def text_backbone() -> Backbone:
-    """The tiny stand-in for Wan, with a text stream; no parameter is zero."""
+def text_backbone(**sizes: int) -> Backbone:
+    """The tiny stand-in for Wan, with a text stream, or one of other `sizes`; no parameter is zero."""
     torch.manual_seed(0)
-    made: Backbone = instantiate(configs("backbone")["tiny_text"])
+    config = configs("backbone")["tiny_text"]
+    config.transformer.update(sizes)
+    made: Backbone = instantiate(config)
     with torch.no_grad():
         for parameter in made.transformer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

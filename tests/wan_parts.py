@@ -9,7 +9,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from tests.small import text_backbone
 
@@ -61,3 +67,16 @@ def write_text_encoder(folder: Path, width: int = 48) -> tuple[UMT5EncoderModel,
     ).eval()
     network.save_pretrained(folder / "text_encoder")
     return network, tokenizer
+
+
+def write_image_encoder(folder: Path, width: int = 8) -> CLIPVisionModel:
+    """CLIP as diffusers keeps it: three blocks, four patches."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 12, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=16, patch_size=8, hidden_act="gelu")
+    network = CLIPVisionModel(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    network.save_pretrained(folder / "image_encoder")
+    return network

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastar import engines
 from fastar.ann import LSHBucketizer
 from fastar.attention import state, working
 from fastar.attention.context import PassContext
 from fastar.cache import CachePolicy, DenseCache, TempCache, WindowCache
 from fastar.engines import BlockPlan
 from fastar.sparsity import AnnSA, Dense, Selector, SelectRequest
-from tests.small import CHUNK, GRID, LAYERS, run, small_backbone, small_loop, small_rollout
+from tests.rollout.test_capture import rollout_of, video
+from tests.small import CHUNK, GRID, LAYERS, run, small_backbone, small_loop, small_rollout, text_backbone
 
 STEPS = 4
 POLICIES: dict[str, Callable[[], CachePolicy]] = {
@@ -60,6 +63,26 @@ def test_order_changes_no_bit(policy: str, density: float | None, engine: str, c
             lambda: annsa(density, commit_dense=commit_dense),
             lambda: InPlace(annsa(density, commit_dense=commit_dense)),
         )
+    ]
+    assert torch.equal(*videos)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # FlashAttention-4 compiles for a few seconds for each kind of call
+def test_order_changes_no_bit_of_flash_attention() -> None:
+    """Heads of 128 in bfloat16, log-counts in the keys, queries put in order by the kernel that turns them."""
+    reason = engines.get("fa4").unfit_for_device(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    backbone = text_backbone(dim=256)
+    backbone.transformer.to("cuda", torch.bfloat16)
+    blocks = {"block_q": 64, "block_k": 64}
+    videos = [
+        video(
+            rollout_of(backbone, partial(TempCache, budget_frames=14), selector, capture=False, engine="fa4"),
+            10 * 3,
+        )
+        for selector in (lambda: annsa(**blocks), lambda: InPlace(annsa(**blocks)))
     ]
     assert torch.equal(*videos)
 
@@ -114,4 +137,4 @@ def test_the_past_is_put_in_order_once_a_chunk_and_stays_where_it_is(monkeypatch
     slots = (10 + CHUNK) * GRID[0] * GRID[1]
     keys, values = memory._ordered_copies[0]
     assert keys.shape[2] == values.shape[2] <= slots
-    assert memory.bytes_ordered() == LAYERS * (keys.nbytes + values.nbytes)
+    assert rollout.state.working_bytes() == LAYERS * (keys.nbytes + values.nbytes)

@@ -75,8 +75,10 @@ def main() -> None:
             **row_tile(width),
         )
     columns = {"q_column": 1, "k_column": 1, "v_column": 1}  # as Triton specialises strides of 1
-    for width in (HEAD, HEAD + 16):
-        check(f"place, {width}", attention.place, WIDE, {}, **columns, **tile(HEAD, width, width))
+    for width, ordered in ((HEAD, False), (HEAD + 16, False), (HEAD + 16, True)):
+        columns["ORDERED"] = ordered
+        name = f"place, {width}{', in order' * ordered}"
+        check(name, attention.place, WIDE, {"order": "*i64"}, **columns, **tile(HEAD, width, width))
 
 
 if __name__ == "__main__":

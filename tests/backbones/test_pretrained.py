@@ -82,6 +82,39 @@ def test_our_own_folder_is_loaded_as_ever(load: Load, tmp_path: Path) -> None:
     assert loaded.transformer.head.head.weight.dtype == torch.bfloat16
 
 
+def test_a_lora_is_merged_and_known_by_its_checksum(load: Load, tmp_path: Path) -> None:
+    """Into float32 weights, before they are rounded; as LongLive's file has it, and into our own folders, too."""
+    state = write_transformer(tmp_path / "base.pt", generator=0)
+    name = "blocks.1.ffn.2"
+    a, b = torch.randn(3, 192), torch.randn(64, 3)
+    factors = {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    (tmp_path / "lora").mkdir()
+    torch.save({"generator_lora": factors}, tmp_path / "lora" / "lora.pt")
+    plain, merged = load(tmp_path / "base.pt"), load(tmp_path / "base.pt", lora=tmp_path / "lora")
+    state[f"{name}.weight"] += b @ a
+    assert equal(merged, state) and not equal(plain, state) and not merged.transformer.training
+    assert plain.lora_sha256 is None and merged.lora_sha256 == sha256_of(tmp_path / "lora" / "lora.pt")
+    half = load(tmp_path / "base.pt", lora=tmp_path / "lora" / "lora.pt", dtype=torch.bfloat16)
+    assert equal(half, {key: tensor.bfloat16() for key, tensor in state.items()})
+    twice = load(tmp_path / "base.pt", lora=tmp_path / "lora", lora_alpha=6)
+    assert len({plain.sha256, merged.sha256, twice.sha256}) == 3
+    state[f"{name}.weight"] += b @ a
+    torch.testing.assert_close(parameters(twice)[f"{name}.weight"], state[f"{name}.weight"])
+    save_backbone(tmp_path / "ours", plain)
+    ours = load(tmp_path / "ours", lora=tmp_path / "lora")
+    assert equal(ours, parameters(merged)) and ours.lora_sha256 == merged.lora_sha256
+
+
+def test_a_lora_that_is_missing_or_does_not_fit_is_one_sentence(load: Load, tmp_path: Path) -> None:
+    write_transformer(tmp_path / "base.pt", generator=0)
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*lora\.pt: give a file"):
+        load(tmp_path / "base.pt", lora=tmp_path / "lora.pt")
+    torch.save({"blocks.9.ffn.2.lora_A.weight": torch.zeros(1)}, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=r"lora\.pt: The LoRA file \(1 tensors\) does not fit") as error:
+        load(tmp_path / "base.pt", lora=tmp_path / "lora.pt")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says what is mapped on Linux alone")
 def test_a_parameter_is_read_when_it_is_copied_and_not_before(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -81,6 +81,8 @@ def test_a_wait_shows_in_a_profile_on_a_gpu() -> None:
         ("triton_poi_fused_add_mul_0", "elementwise"),
         ("nearest_in_buckets", "match and merge"),
         ("residual_norm", "elementwise"),
+        ("choose_blocks", "plan"),
+        ("move_rows", "copy"),
         ("attend_packed", "attention"),
         ("something", "other"),
     ],

@@ -80,3 +80,13 @@ def test_an_engine_that_would_refuse_the_calls_is_passed_over(
 
 def test_every_engine_of_the_order_exists() -> None:
     assert {name for order in auto.ORDER.values() for name in order} <= set(engines.names())
+
+
+def test_calls_over_few_keys_have_an_engine_of_their_own_where_one_was_measured(machine: Installs) -> None:
+    machine(9, "fa4", "cudnn")
+    assert auto.for_few_keys(HOPPER, calls()) == "cudnn"
+    assert auto.for_few_keys(HOPPER, calls(dtype=torch.float32)) is None, "which it does not take"
+    machine(8, "cudnn")
+    assert auto.for_few_keys(HOPPER, calls()) is None, "not measured there"
+    machine(9, "fa4")
+    assert auto.for_few_keys(HOPPER, calls()) is None, "not there"

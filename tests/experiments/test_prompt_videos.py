@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
+from fastar.backbones.storage import sha256_of
 from fastar.backbones.wan import umt5
 from fastar.compare import prompt_videos
 from fastar.compare.comparison import Comparison
@@ -217,6 +218,22 @@ def test_settings_that_make_no_sense_are_one_sentence(
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError, InstantiationException), match=message):
         roll_prompts(composed(*overrides))
+
+
+def test_a_lora_of_the_command_line_is_recorded(composed: Compose, parts: Path, tmp_path: Path) -> None:
+    """Another run than without it, whose summary has its checksum; random weights have none to change."""
+    name, file = "blocks.1.ffn.2", tmp_path / "lora.pt"
+    torch.save(
+        {f"{name}.lora_A.weight": torch.ones(1, 192), f"{name}.lora_B.weight": torch.ones(64, 1)}, file
+    )
+    settings = ("frames=3", "data.count=1")
+    for more in ((), (f"lora={file}",)):
+        roll_prompts(composed(*settings, *more))
+    found = [json.loads(path.read_text())["config"] for path in tmp_path.rglob("summary.json")]
+    assert sorted(config.get("lora", "") for config in found) == ["", sha256_of(file)]
+    assert len({path.read_bytes() for path in tmp_path.rglob("rollout.mp4")}) == 2
+    with pytest.raises(ValueError, match=r"leave lora=\.\.\. out, or name its checkpoint"):
+        roll_prompts(composed(*settings, f"lora={file}", "checkpoint=random"))
 
 
 # -- compared ----------------------------------------------------------------------------------------------------------

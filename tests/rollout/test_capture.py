@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastar import engines
 from fastar.ann import KMeansBucketizer, LSHBucketizer
 from fastar.attention.state import AttentionState
 from fastar.backbones import Backbone, Prompts
@@ -23,7 +24,7 @@ from fastar.cache import (
 from fastar.rollout import capture
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.rollout import NonFiniteError, Rollout
-from fastar.sparsity import AnnSA, Dense, Selector
+from fastar.sparsity import AnnSA, Dense, RandomBlocks, Selector
 from tests.small import ACTIONS, small_backbone, small_loop, text_backbone
 
 CHUNK = 3
@@ -74,11 +75,12 @@ def rollout_of(
     selector: Callable[[], Selector] = Dense,
     *,
     capture: bool,
+    engine: str = "auto",
 ) -> Rollout:
     generator = torch.Generator().manual_seed(3)
     words = Prompts(torch.randn(1, 5, 48, generator=generator), lengths=torch.tensor([5]))
     return start_rollout(
-        backbone, Method(name="x", cache=policy, self_attention=selector),
+        backbone, Method(name="x", cache=policy, self_attention=selector, engine=engine),
         loop=small_loop(renoise=True, chunk_frames=CHUNK), seeds=[7], prompts=words, capture=capture,
     )  # fmt: skip
 
@@ -174,6 +176,8 @@ def test_what_cannot_be_captured_is_refused(reader: Backbone, monkeypatch: pytes
     headwise = partial(HeadwiseCache, policy=partial(WindowCache), budget_frames=8)
     with pytest.raises(ValueError, match="HeadwiseCache, whose work depends"):
         rollout_of(reader, headwise, capture=True)
+    with pytest.raises(ValueError, match="RandomBlocks, which draws"):
+        rollout_of(reader, POLICIES["dense"], RandomBlocks, capture=True)
 
 
 @pytest.mark.gpu
@@ -191,3 +195,36 @@ def test_no_chunk_waits_for_the_device(selector: str, reader: Backbone) -> None:
         torch.cuda.set_sync_debug_mode("default")
     rollout.commit(chunk)
     assert isinstance(rollout.state, AttentionState)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # FlashAttention-4 compiles for a few seconds for each kind of call
+@pytest.mark.parametrize("commit_dense", [True, False], ids=["dense commits", "sparse commits"])
+@pytest.mark.parametrize(
+    "policy",
+    [partial(TempCache, budget_frames=14), partial(StockWindow, attended_frames=3 * CHUNK)],
+    ids=["tempcache", "stock"],
+)
+def test_block_sparse_calls_of_flash_attention_are_captured(
+    policy: Callable[[], CachePolicy], commit_dense: bool
+) -> None:
+    """Heads of 128 in bfloat16, log-counts in the keys: the kernels and widths of Wan2.1-1.3B."""
+    backbone = text_backbone(dim=256)
+    backbone.transformer.to("cuda", torch.bfloat16)
+    reason = engines.get("fa4").unfit_for_device(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    annsa = partial(
+        AnnSA, bucketizer=KMeansBucketizer(clusters=8, iterations=2, samples=128), density=0.4, block_q=64,
+        block_k=64, warmup_share=0.0, min_dense_steps=0, commit_dense=commit_dense,
+    )  # fmt: skip
+    plain, captured = (
+        rollout_of(backbone, policy, annsa, capture=flag, engine="fa4") for flag in (False, True)
+    )
+    assert torch.equal(video(plain), video(captured))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        captured.denoise()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

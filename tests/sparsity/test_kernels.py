@@ -37,12 +37,12 @@ def test_shared_pairs(
     log_count = torch.zeros(keys.shape)
     log_count[..., :cached].masked_fill_(torch.rand(BATCH, HEADS, cached) < 0.3, -torch.inf)
     layout = blocks.lay_out_keys(keys, log_count, current)
-    expected = blocks.shared_pairs(queries, layout, block_q, block_k)
+    expected = blocks.shared_pairs(queries, layout, block_q, block_k, wildcards=low < 0)
     if device.type == "cuda":
         there = blocks.lay_out_keys(keys.to(device), log_count.to(device), current)
         for name in ("order", "buckets", "live"):
             assert torch.equal(getattr(there, name).cpu(), getattr(layout, name)), name
-        found = blocks.shared_pairs(queries.to(device), there, block_q, block_k)
+        found = blocks.shared_pairs(queries.to(device), there, block_q, block_k, wildcards=low < 0)
     else:
         places = [
             torch.searchsorted(layout.buckets.contiguous(), queries, out_int32=True, right=right)
@@ -55,8 +55,27 @@ def test_shared_pairs(
         places[0] = places[0].masked_fill(reads_all, 0)
         places[1] = torch.where(reads_all, (layout.live - current)[..., None].int(), places[1])
         wild = wild.masked_fill(reads_all, 0)
-        found = fused.shared_pairs(*places, wild, keys.shape[2], current, block_q, block_k)
+        found = fused.shared_pairs(*places, wild if low else None, keys.shape[2], current, block_q, block_k)
     assert torch.equal(found.cpu().long(), expected)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("current", [20, 64])
+def test_choose_blocks(current: int, density: float, device: torch.device) -> None:
+    """Equal scores among them; the lists are those of the mask; heads have different numbers of live keys."""
+    live = torch.tensor([[150, 149, current], [64, 81, 100]])
+    scores = torch.randint(-3, 4, (BATCH, HEADS, 5, 19)).float()
+    order = torch.arange(150).expand(BATCH, HEADS, -1)
+    layout = blocks.KeyLayout(order, order[..., current:], live, current)
+    expected = blocks.choose_blocks(scores, layout, 8, density)
+    quotas = blocks.block_quotas(19, density, -(-current // 8), device)
+    mask, (counts, indices) = fused.choose_blocks(scores.to(device), live.to(device), quotas, current, 8)
+    assert torch.equal(mask.cpu(), expected.mask)
+    assert torch.equal(counts.cpu(), expected.mask.sum(-1, dtype=torch.int32))
+    for row, count, chosen in zip(
+        indices.flatten(0, 2).cpu(), counts.flatten().cpu(), expected.mask.flatten(0, 2), strict=True
+    ):
+        assert torch.equal(row[:count].long(), chosen.nonzero().squeeze(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -85,4 +104,4 @@ def test_long_rows_are_sorted_as_rows() -> None:
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     """In a process without the interpreter, which replaces the compiler. Needs no GPU."""
-    assert compile_apart("tests.sparsity.compile_kernels", tmp_path) == 3
+    assert compile_apart("tests.sparsity.compile_kernels", tmp_path) == 5

@@ -231,6 +231,27 @@ def test_plans_are_rebuilt_each_pass_or_each_chunk(request_for: Make) -> None:
     assert kept.plan(later) is not plan
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("empty", [0.0, 0.3])
+def test_plans_of_a_gpu_are_those_of_a_cpu(request_for: Make, empty: float) -> None:
+    """Made by kernels there; scores that are equal but for rounding may be ranked either way."""
+    request = request_for(empty=empty, cached=5000)
+    tensors = {"q": request.q, "k": request.k, "log_count": request.log_count}
+    there = dataclasses.replace(request, **{n: None if x is None else x.cuda() for n, x in tensors.items()})
+    plan, other = annsa(density=0.3).plan(request), annsa(density=0.3).plan(there)
+    assert plan is not None and other is not None
+    for name in ("query_order", "key_order", "live_keys"):
+        assert torch.equal(getattr(other, name).cpu(), getattr(plan, name)), name
+    mask = other.block_mask.cpu()
+    assert (mask == plan.block_mask).float().mean() > 0.999
+    counts, indices = (x.cpu() for x in other.listed())
+    listed = torch.zeros_like(mask)
+    for place in range(int(counts.max())):
+        row = indices[..., place : place + 1].long()
+        listed.scatter_(-1, row.where(place < counts[..., None], 0), True)
+    assert torch.equal(counts, mask.sum(-1, dtype=torch.int32)) and torch.equal(listed, mask)
+
+
 def test_random_blocks_depend_on_seed_layer_chunk_and_step_alone(request_for: Make) -> None:
     def mask(seed: int = 0, layer: int = 0, step: int = 3, frame: int = 8) -> Tensor:
         plan = random_blocks(seed=seed).plan(request_for(layer=layer, context=denoise(step, 4, frame)))

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from fastar.ann.base import Bucketizer, check_features, seeded_normal
-from fastar.ann.codes import nearest_codes
+from fastar.ann.codes import nearest_codes, nearest_of
 from fastar.ann.lsh import mean_key
-from fastar.ann.similarity import squared_distance
 
 
 class KMeansBucketizer(Bucketizer):
@@ -57,7 +56,7 @@ class KMeansBucketizer(Bucketizer):
         first = (~valid).to(torch.int8).argsort(dim=1, stable=True).gather(1, spread)
         centroids = keys.gather(1, first[..., None].expand(-1, -1, keys.shape[2]))
         for _ in range(self.iterations):
-            member = squared_distance(keys, centroids).argmin(-1)[..., None] == numbers
+            member = nearest_of(keys, centroids)[..., None] == numbers
             member = (member & valid[..., None]).to(keys)
             size = member.sum(1)[..., None]
             centroids = torch.where(size > 0, member.mT @ keys / size.clamp_min(1), centroids)

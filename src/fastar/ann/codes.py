@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar.ann.similarity import squared_distance
-
 ROWS, WIDTH = 64, 64  # vectors of a program, and how many of their numbers it multiplies at a time
 MOST = 256  # centroids that the kernel holds
 
@@ -24,7 +22,14 @@ def nearest_codes(x: Tensor, centroids: Tensor, centre: Tensor) -> Tensor:
     """Nearest of centroids float32 [N, c, d] to x [N, n, d] about `centre` [N, 1, d]: int64 [N, n]."""
     if x.device.type == "cuda" and centroids.shape[1] <= MOST:
         return fused_nearest_codes(x, centroids, centre)
-    return squared_distance((x - centre).float(), centroids).argmin(-1)
+    return nearest_of((x - centre).float(), centroids)
+
+
+def nearest_of(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest of centroids [N, c, d] to x [N, n, d], one dtype: int64 [N, n]. What all distances of a row share is left
+    out."""
+    offset = centroids.square().sum(-1)[:, None] * -0.5
+    return torch.baddbmm(offset, x, centroids.mT).argmax(-1)
 
 
 def fused_sign_codes(x: Tensor, planes: Tensor, centre: Tensor | None = None) -> Tensor:

@@ -42,22 +42,31 @@ def store_rows(
 
 @triton.jit(do_not_specialize=["L"])
 def place(
-    q, k, v, cos, sin, q_out, k_out, v_out, H, L,
+    q, k, v, cos, sin, order, q_out, k_out, v_out, H, L,
     q_batch, q_head, q_row, q_column, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
     q_out_batch, q_out_head, q_out_row, k_out_batch, k_out_head, k_out_row, v_out_batch, v_out_head, v_out_row,
     D: tl.constexpr, BLOCK: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    Q_TAIL: tl.constexpr, K_TAIL: tl.constexpr,
+    Q_TAIL: tl.constexpr, K_TAIL: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """`fastar.attention.place.Placement` of ROWS tokens of one head; numbers named after a tensor are its strides."""
+    """`fastar.attention.place.Placement` of ROWS tokens of one head; numbers named after a tensor are its strides.
+
+    `order` is its q_order, int64 and contiguous, read if ORDERED.
+    """
     batch = (tl.program_id(1) // H).to(tl.int64)
     head = (tl.program_id(1) % H).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     known = (row < L)[:, None] & (pair < D // 2)[None, :]
-    c = tl.load(cos + row[:, None] * (D // 2) + pair[None, :], mask=known, other=0)
-    s = tl.load(sin + row[:, None] * (D // 2) + pair[None, :], mask=known, other=0)
-    x = load_rows(q, batch * q_batch + head * q_head, q_row, q_column, row, column, D, L)
+    origin = row
+    if ORDERED:
+        origin = tl.load(order + tl.program_id(1).to(tl.int64) * L + row, mask=row < L, other=0)
+    c = tl.load(cos + origin[:, None] * (D // 2) + pair[None, :], mask=known, other=0)
+    s = tl.load(sin + origin[:, None] * (D // 2) + pair[None, :], mask=known, other=0)
+    x = load_rows(q, batch * q_batch + head * q_head, q_row, q_column, origin, column, D, L)
     x = turn(x, c, s, ROWS, BLOCK)
+    if ORDERED:
+        c = tl.load(cos + row[:, None] * (D // 2) + pair[None, :], mask=known, other=0)
+        s = tl.load(sin + row[:, None] * (D // 2) + pair[None, :], mask=known, other=0)
     at = batch * q_out_batch + head * q_out_head
     store_rows(q_out, at, q_out_row, row, column, x, 1.0, D, Q_WIDTH, Q_TAIL, L)
     x = load_rows(k, batch * k_batch + head * k_head, k_row, k_column, row, column, D, L)

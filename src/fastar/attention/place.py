@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastar.attention.rope import apply_rotation
 from fastar.engines.augmented import EXTRA
+from fastar.engines.plan import take_rows
 
 _ROWS = 16  # tokens of a head a program
 
@@ -22,6 +23,8 @@ class Placement:
     exceeds D, the rest is the augmented head's (`fastar.engines.augmented`): of a query two ones, then zeros; of a key
     zeros, a log-count of 0. W may differ between q_out and k_out; v_out has D.
 
+    With `q_order`, permutations int64 [B, H, L], row i of q_out is query q_order[i].
+
     Raises:
         ValueError: shapes do not fit, or an output's rows are not contiguous.
     """
@@ -33,6 +36,7 @@ class Placement:
     q_out: Tensor
     k_out: Tensor
     v_out: Tensor
+    q_order: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape, width = self.q.shape, self.q.shape[-1]
@@ -44,6 +48,8 @@ class Placement:
                 "a placement needs q, k, v and v_out of one shape [B, H, L, D] and two tables [L, D/2], got "
                 f"{shapes}."
             )
+        if self.q_order is not None and self.q_order.shape != shape[:3]:
+            raise ValueError(f"q_order must be {tuple(shape[:3])}, got {tuple(self.q_order.shape)}.")
         for name, out in wide.items():
             if out.shape[:3] != shape[:3] or not (out.shape[3] == width or out.shape[3] >= width + EXTRA):
                 raise ValueError(
@@ -65,7 +71,8 @@ class Placement:
     def plainly(self) -> None:
         """The definition."""
         width = self.q.shape[-1]
-        self.q_out[..., :width] = apply_rotation(self.q, self.tables)
+        turned = apply_rotation(self.q, self.tables)
+        self.q_out[..., :width] = take_rows(turned, self.q_order)
         self.k_out[..., :width] = apply_rotation(self.k, self.tables)
         self.v_out.copy_(self.v)
         self.q_out[..., width : width + EXTRA].fill_(1)
@@ -79,8 +86,12 @@ class Placement:
         outs = (self.q_out, self.k_out, self.v_out)
         strides = [stride for x in (self.q, self.k, self.v) for stride in x.stride()]
         strides += [stride for x in outs for stride in x.stride()[:3]]
+        ordered = self.q_order is not None
+        order = (
+            cos if self.q_order is None else self.q_order.contiguous()
+        )  # not read, or a pointer of another type
         _kernels().place[(-(-length // _ROWS), batch * heads)](
-            self.q, self.k, self.v, cos, sin, *outs, heads, length, *strides,
+            self.q, self.k, self.v, cos, sin, order, *outs, heads, length, *strides, ORDERED=ordered,
             **tile(width, self.q_out.shape[-1], self.k_out.shape[-1]),
         )  # fmt: skip
 

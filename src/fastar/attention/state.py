@@ -71,6 +71,7 @@ class AttentionState:
         )  # fmt: skip
         self.engine = engines.resolve(engine, device, calls)
         self.passed_over = engines.choose(device, calls)[1] if engine == "auto" else {}
+        self.engine_for_few_keys = engines.for_few_keys(device, calls) if engine == "auto" else None
         self.rope, self.grid, self.recorders = rope, grid, list(recorders)
         self.actions = actions
         if self.tags is not None:
@@ -162,6 +163,10 @@ class AttentionState:
         """Copy what the cache keeps once more in the next pass."""
         self._memory.forget()
 
+    def working_bytes(self) -> int:
+        """Bytes of what attention reads that is not in the cache: copies of slots, and those in the order of a plan."""
+        return self._memory.nbytes()
+
     def in_flight(self) -> dict[str, Any]:
         """What is remembered of chunks in flight, of which there have been passes; empty if there are none."""
         found = {name: keeper.in_flight() for name, keeper in self._keepers().items()}
@@ -248,9 +253,12 @@ class AttentionState:
         q = q_raw.new_empty(*q_raw.shape[:3], working.k.shape[3])
         current_k, current_v = (x[:, :, working.cached :] for x in (working.k, working.v))
         ordered = self._standing(layer, context, working)
-        watched = context.commits or bool(self.recorders)  # by who takes the current tokens for the last ones
-        targets = (current_k, current_v) if ordered is None or watched else ordered.current
-        Placement(q_raw, k_raw, v, self._require_places().turns, q, *targets).run()
+        # where nobody else looks at them, current tokens are put straight into the order of the plan
+        straight = ordered is not None and not context.commits and not self.recorders
+        targets, q_order = (current_k, current_v), None
+        if ordered is not None and straight:
+            targets, q_order = ordered.current, ordered.plan.query_order
+        Placement(q_raw, k_raw, v, self._require_places().turns, q, *targets, q_order=q_order).run()
         if context.commits:
             current_k = current_k[..., : working.head_dim]
             self.cache.stage(
@@ -264,11 +272,12 @@ class AttentionState:
                     q=q[..., : working.head_dim],
                 ),
             )
+        if ordered is not None and straight:
+            return ordered.attend(q, self.engine, q_in_order=q_order is not None)
         if ordered is not None:
-            if watched:
-                for target, current in zip(ordered.current, (current_k, current_v), strict=True):
-                    target.copy_(current)
-            return self._execute_self(layer, context, q, working, ordered.source, ordered)
+            for target, current in zip(ordered.current, (current_k, current_v), strict=True):
+                target.copy_(current)
+            return self._execute_self(layer, context, q, working, ordered.plan, ordered)
         outs = []
         for part, rows, keys in self._parts(context):
             own, seen, raw = q[:, :, rows], working.until(keys), (q_raw[:, :, rows], k_raw[:, :, :keys])
@@ -296,12 +305,7 @@ class AttentionState:
         ordered: OrderedKeys | None = None,
     ) -> Tensor:
         """Attention of q [B, H, L, W] over working keys of that width, read where they are `ordered`, if given."""
-        read, by = (keys, plan) if ordered is None else (ordered, ordered.plan)
-        log_count = None if keys.is_augmented else read.log_count
-        head_dim = keys.head_dim if keys.is_augmented else None
-        out, _ = engines.attend(
-            q, read.k, read.v, log_count=log_count, plan=by, head_dim=head_dim, engine=self.engine
-        )
+        out = keys.attend(q, plan, self.engine) if ordered is None else ordered.attend(q, self.engine)
         self._tell(
             AttendEvent(
                 "self", layer, context, q[..., : keys.head_dim], keys.own_keys, keys.v, keys.log_count, plan, out,
@@ -371,7 +375,9 @@ class AttentionState:
         candidates: int,
         selection: Selection | None = None,
     ) -> Tensor:
-        out, _ = engines.attend(q, k, v, log_count=log_count, engine=self.engine)
+        few = log_count is None and k.shape[2] <= engines.FEW_KEYS
+        engine = self.engine_for_few_keys if few and self.engine_for_few_keys else self.engine
+        out, _ = engines.attend(q, k, v, log_count=log_count, engine=engine)
         self._tell(AttendEvent(stream, layer, context, q, k, v, log_count, None, out, candidates, selection))
         return out
 

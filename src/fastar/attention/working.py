@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastar import engines
 from fastar.cache.base import CachePolicy
 from fastar.engines.augmented import write_log_counts
 from fastar.engines.plan import BlockPlan
-from fastar.engines.rows import gather_into
+from fastar.engines.rows import gather_into, put_back
 
 
 @dataclass
@@ -48,6 +49,14 @@ class WorkingKeys:
         """Whether the keys carry their log-counts."""
         return self.k.shape[-1] > self.head_dim
 
+    def attend(self, q: Tensor, plan: BlockPlan | None, engine: str) -> Tensor:
+        """Attention of q [B, H, Lq, W] over these keys: [B, H, Lq, D]."""
+        log_count = None if self.is_augmented else self.log_count
+        head_dim = self.head_dim if self.is_augmented else None
+        return engines.attend(
+            q, self.k, self.v, log_count=log_count, plan=plan, head_dim=head_dim, engine=engine
+        )[0]
+
     def until(self, keys: int) -> WorkingKeys:
         """The first `keys` of the current ones, with all that is cached."""
         stop = self.cached + keys
@@ -62,27 +71,25 @@ class OrderedKeys:
     """Working keys in the order of a plan, which begins with the current tokens.
 
     Attributes:
-        source: the plan that the order is of.
-        k, v, log_count: as of `WorkingKeys`, in that order.
-        cached: slots behind the current tokens.
+        plan: the one that the order is of.
+        keys: k, v and log_count in that order; positions and origins as they were.
     """
 
-    source: BlockPlan
-    k: Tensor
-    v: Tensor
-    log_count: Tensor | None
-    cached: int
-
-    @property
-    def plan(self) -> BlockPlan:
-        """The plan for keys that lie as these do."""
-        return self.source.on_ordered_keys
+    plan: BlockPlan
+    keys: WorkingKeys
 
     @property
     def current(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the current tokens."""
-        count = self.k.shape[2] - self.cached
-        return self.k[:, :, :count], self.v[:, :, :count]
+        count = self.keys.k.shape[2] - self.keys.cached
+        return self.keys.k[:, :, :count], self.keys.v[:, :, :count]
+
+    def attend(self, q: Tensor, engine: str, *, q_in_order: bool = False) -> Tensor:
+        """Attention of q [B, H, Lq, W] by the plan: [B, H, Lq, D]. `q_in_order`: q is, the result not."""
+        if not q_in_order:
+            return self.keys.attend(q, self.plan.on_ordered_keys, engine)
+        out = self.keys.attend(q, self.plan.in_order, engine)
+        return out if self.plan.query_order is None else put_back(out, self.plan.query_order)
 
 
 class WorkingMemory:
@@ -118,19 +125,21 @@ class WorkingMemory:
     def ordered(self, layer: int, working: WorkingKeys, plan: BlockPlan) -> OrderedKeys:
         """The layer's `working` keys in the order of `plan`, put there when it is first seen, the current ones too."""
         kept = self._ordered.get(layer)
-        if kept is None or kept.source is not plan:
+        if kept is None or kept.plan is not plan:
             assert plan.key_order is not None
             k, v = self._room_for(self._ordered_copies, layer, working.k.shape[2], working.v)
             gather_into(k, working.k, plan.key_order)
             gather_into(v, working.v, plan.key_order)
             counts = working.log_count
             counts = None if counts is None else counts.gather(2, plan.key_order)
-            kept = self._ordered[layer] = OrderedKeys(plan, k, v, counts, working.cached)
+            kept = OrderedKeys(plan, replace(working, k=k, v=v, log_count=counts))
+            self._ordered[layer] = kept
         return kept
 
-    def bytes_ordered(self) -> int:
-        """Bytes of the copies in the order of plans."""
-        return sum(x.nbytes for copies in self._ordered_copies.values() for x in copies)
+    def nbytes(self) -> int:
+        """Bytes of all copies, beside what the cache has."""
+        copies = [*self._copies.values(), *self._ordered_copies.values()]
+        return sum(x.nbytes for pair in copies for x in pair)
 
     def _fill(self, layer: int, like: Tensor) -> WorkingKeys:
         spec = self.cache.spec

@@ -74,12 +74,16 @@ class BackboneConfig:
 
 @dataclass
 class Backbone:
-    """A transformer and its autoencoder; `sha256` is that of the file they came from, None when fresh."""
+    """A transformer and its autoencoder; `sha256` is that of the file they came from, None when fresh.
+
+    With a LoRA merged in, it is a hash of both, and `lora_sha256` that of the LoRA alone.
+    """
 
     config: BackboneConfig
     transformer: CausalWanTransformer
     autoencoder: Autoencoder | None
     sha256: str | None = None
+    lora_sha256: str | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by the name that prefixes their tensors in a checkpoint."""

@@ -10,20 +10,23 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from fastar.backbones.base import Backbone
 from fastar.backbones.checkpoint import load_backbone
-from fastar.backbones.resolve import SAFE, find_weights
+from fastar.backbones.resolve import SAFE, Weights, find_weights
 from fastar.backbones.storage import sha256_of
-from fastar.backbones.wan.keys import load_weights, unwrap_container
+from fastar.backbones.wan.keys import load_weights, to_wan_names, unwrap_container
+from fastar.backbones.wan.lora import merge_lora
 
 TRANSFORMER = "transformer"
+LORA = ("lora.pt", "lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 def load_checkpoint(
@@ -33,6 +36,8 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     use_ema: bool = True,
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
     store: str | Path = "checkpoints",
     cache: str | Path | None = None,
 ) -> Backbone:
@@ -45,6 +50,8 @@ def load_checkpoint(
         device, dtype: of the transformer.
         use_ema: prefer averaged weights where a training checkpoint holds both. `sha256` of the backbone is that of the
             file or files; of weights that were taken with use_ema=False, a hash of it and that.
+        lora: path or hub id of a LoRA file, which is merged into the weights before they become `dtype`; None: none.
+        lora_alpha: of a file that does not hold its own; None: its rank (`fastar.backbones.wan.lora`).
         store: folder where checkpoints are put.
         cache: folder where checksums of large files are remembered; None: nowhere.
 
@@ -52,22 +59,49 @@ def load_checkpoint(
         FileNotFoundError, ValueError: no such weights, damaged ones, or ones that do not fit: one sentence says what.
     """
     found = find_weights(checkpoint, part=TRANSFORMER, store=store)
+    update = None if lora is None else find_weights(lora, part="lora", usual=LORA, store=store)
     if found.ours:
         backbone = load_backbone(found.folder)
+        if update is not None:
+            load_weights(
+                backbone.transformer,
+                _merged(backbone.transformer.state_dict(), backbone, update, lora_alpha, found),
+            )
         backbone.transformer.to(device, dtype)
-        return backbone
-    backbone = shapes()
-    state = unwrap_container(read_tensors(found.files), use_ema=use_ema)
-    backbone.transformer.to(dtype).to_empty(device=device)
+    else:
+        backbone = shapes()
+        state = unwrap_container(read_tensors(found.files), use_ema=use_ema)
+        if update is not None:
+            state = _merged(state, backbone, update, lora_alpha, found)
+        backbone.transformer.to(dtype).to_empty(device=device)
+        try:
+            load_weights(backbone.transformer, state)
+        except ValueError as error:
+            raise ValueError(f"{found.files[0]}: {error}") from error
+        backbone.transformer.eval()
+        backbone.sha256 = checksum(found.files, cache)
+        if not use_ema:
+            backbone.sha256 = hashlib.sha256(f"{backbone.sha256} use_ema=False".encode()).hexdigest()
+    if update is not None:
+        backbone.lora_sha256 = checksum(update.files, cache)
+        both = f"{backbone.sha256} lora={backbone.lora_sha256} alpha={lora_alpha}"
+        backbone.sha256 = hashlib.sha256(both.encode()).hexdigest()
+    return backbone
+
+
+def _merged(
+    state: Mapping[str, Tensor], backbone: Backbone, lora: Weights, alpha: float | None, found: Weights
+) -> Mapping[str, Tensor]:
+    """`state` with the LoRA merged in; a ValueError names the file that does not fit."""
+    config = backbone.config.transformer
     try:
-        load_weights(backbone.transformer, state)
+        state = to_wan_names(state, config)
     except ValueError as error:
         raise ValueError(f"{found.files[0]}: {error}") from error
-    backbone.transformer.eval()
-    backbone.sha256 = checksum(found.files, cache)
-    if not use_ema:
-        backbone.sha256 = hashlib.sha256(f"{backbone.sha256} use_ema=False".encode()).hexdigest()
-    return backbone
+    try:
+        return merge_lora(state, read_tensors(lora.files), config, alpha=alpha)
+    except ValueError as error:
+        raise ValueError(f"{lora.files[0]}: {error}") from error
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, Any]:

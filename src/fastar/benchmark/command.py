@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from fastar.benchmark.dense import run_dense
 from fastar.benchmark.endurance import run_endurance
 from fastar.benchmark.engines import run_engines
+from fastar.benchmark.loops import run_loops
 from fastar.benchmark.modules import run_modules
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.record import run_record
@@ -24,6 +25,7 @@ MODES: dict[str, Mode] = {
     "dense": run_dense,
     "modules": run_modules,
     "endurance": run_endurance,
+    "loops": run_loops,
 }
 
 

@@ -35,7 +35,7 @@ class Course:
         self, workload: Workload, variant: Variant, *, capture: bool | None = None, **options: Any
     ) -> None:
         self.workload, self.variant = workload, variant
-        self._others = _taken(workload.device)
+        self._others = taken(workload.device)
         self._weights = sum(
             p.numel() * p.element_size() for p in workload.session.backbone.transformer.parameters()
         )
@@ -113,10 +113,10 @@ class Course:
     def close(self) -> None:
         """Give the memory back."""
         del self.rollout
-        _taken(self.workload.device)
+        taken(self.workload.device)
 
 
-def _taken(device: torch.device) -> tuple[int, int]:
+def taken(device: torch.device) -> tuple[int, int]:
     """Bytes (allocated, reserved) on a GPU once what nobody holds is given back; (0, 0) elsewhere."""
     gc.collect()
     if device.type != "cuda":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -68,6 +68,7 @@ def benchmark(
     seed: int = 0,
     kept: bool = True,
     packed_bits: Sequence[int] = (),
+    captured: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Rows engine, kind, keys, density, ms, ms_low, ms_high (quartiles), tflops, of_dense, of_best, error, reason.
 
@@ -82,21 +83,28 @@ def benchmark(
     biased calls whose last keys, as many as queries, are a current chunk that is not packed. Their error is that of the
     kernel, not that of rounding to so few bits.
 
+    captured: time CUDA graphs of the calls; an engine that waits for the host in them has a reason and no numbers.
+
     Raises:
         ValueError: an engine is unknown.
     """
     for count in keys:
-        inputs = _Inputs(geometry, count, device, dtype, seed, kept)
+        inputs, options = _Inputs(geometry, count, device, dtype, seed, kept), _Timed(repeats, captured)
         calls = [(case, inputs.of(case)) for case in cases(densities)]
-        rows = [_row(name, case, call, geometry, repeats, kept) for case, call in calls for name in names]
+        rows = [_row(name, case, call, geometry, options, kept) for case, call in calls for name in names]
         biased = Case(1.0, biased=True)
-        rows += [_packed_row(bits, biased, inputs.of(biased), geometry, repeats) for bits in packed_bits]
+        rows += [_packed_row(bits, biased, inputs.of(biased), geometry, options) for bits in packed_bits]
         dense = {row["engine"]: row["tflops"] for row in rows if row["kind"] == "dense" and row["tflops"]}
         for row in rows:
             baselines = {"of_dense": dense.get(row["engine"]), "of_best": max(dense.values(), default=None)}
             for share, baseline in baselines.items():
                 row[share] = row["tflops"] / baseline if row["tflops"] and baseline else None
             yield row
+
+
+class _Timed(NamedTuple):
+    repeats: int
+    captured: bool
 
 
 @dataclass(frozen=True)
@@ -175,12 +183,14 @@ class _Inputs:
         return torch.rand(*lead, length, generator=self.generator, device=self.device).argsort(-1)
 
 
-def _row(name: str, case: Case, call: _Call, geometry: Geometry, repeats: int, kept: bool) -> dict[str, Any]:
+def _row(
+    name: str, case: Case, call: _Call, geometry: Geometry, options: _Timed, kept: bool
+) -> dict[str, Any]:
     made = call.kept_for(name) if kept else call
-    return _measured(name, case, call, lambda: made.run(name), geometry, repeats, made.unfit(name))
+    return _measured(name, case, call, lambda: made.run(name), geometry, options, made.unfit(name))
 
 
-def _packed_row(bits: int, case: Case, call: _Call, geometry: Geometry, repeats: int) -> dict[str, Any]:
+def _packed_row(bits: int, case: Case, call: _Call, geometry: Geometry, options: _Timed) -> dict[str, Any]:
     current = min(geometry.queries, call.k.shape[2] // 2)
     form = SlotFormat(bits, group=min(64, geometry.head_dim))
     slots, unpacked = [], []
@@ -195,7 +205,7 @@ def _packed_row(bits: int, case: Case, call: _Call, geometry: Geometry, repeats:
     past = log_count[..., :-current].contiguous()
     return _measured(
         f"packed int{bits}", case, replace(call, k=unpacked[0], v=unpacked[1], log_count=log_count),
-        lambda: attend_packed(call.q, slots[0], slots[1], k, v, log_count=past)[0], geometry, repeats, None,
+        lambda: attend_packed(call.q, slots[0], slots[1], k, v, log_count=past)[0], geometry, options, None,
     )  # fmt: skip
 
 
@@ -205,7 +215,7 @@ def _measured(
     call: _Call,
     run: Callable[[], Tensor],
     geometry: Geometry,
-    repeats: int,
+    options: _Timed,
     reason: str | None,
 ) -> dict[str, Any]:
     """The row of `run`, which executes `call`."""
@@ -217,7 +227,7 @@ def _measured(
     if reason is not None:
         return row
     try:
-        time = timed(run, device=call.q.device, repeats=repeats)
+        time = timed(run, device=call.q.device, **options._asdict())
         distance = _error(call, run(), geometry.block_q)
     except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that its limits do not describe
         return row | {"reason": str(error).split("\n")[0]}
@@ -271,7 +281,7 @@ def run_engines(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
         benchmark(
             names, list(config.keys_per_call), list(config.densities), geometry,
             device=page.device, dtype=page.dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
-            packed_bits=list(config.packed_bits),
+            packed_bits=list(config.packed_bits), captured=config.captured,
         )
     )  # fmt: skip
     for row in rows:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from fastar import engines
 from fastar.attention.events import AttendEvent
+from fastar.attention.state import AttentionState
 from fastar.benchmark.ceiling import Ceiling, show_card
 from fastar.benchmark.course import Course
 from fastar.benchmark.page import Page, Rows
@@ -22,7 +23,7 @@ from fastar.benchmark.timing import timed
 from fastar.benchmark.trace import traced
 from fastar.benchmark.workload import Variant, Workload, open_workload
 from fastar.engines.augmented import augment_keys, augment_queries
-from fastar.engines.plan import BlockPlan
+from fastar.engines.plan import BlockPlan, take_rows
 from fastar.sparsity import SelectRequest
 
 TIMED_CHUNKS = 5
@@ -183,18 +184,22 @@ def pass_parts(subject: Subject) -> Rows:
 
 
 def attention_parts(subject: Subject) -> Rows:
-    """Every kind of attention call of a chunk, and the plans, each timed alone and multiplied by its calls."""
+    """Every kind of attention call of a chunk, and the plans, each timed alone and multiplied by its calls.
+
+    As CUDA graphs if passes are captured. The gathers that put a chunk's keys in the order of a plan are in neither.
+    """
     workload, config = subject.workload, subject.config
     calls = _Calls()
     course = Course(workload, subject.variant, capture=False, recorders=[calls])
     course.fill(config.steady.fill_frames)
     with calls.of(course):
         course.advance()
-    options = {"device": workload.device, "repeats": config.repeats}
+    options: dict[str, Any] = {"device": workload.device, "repeats": config.repeats}
+    options["captured"] = subject.course.captured
     engine, rows = course.rollout.state.engine, []
     with torch.inference_mode():
         for kind, (event, count) in calls.kinds.items():
-            ms = 1e3 * timed(_attend(event, engine), **options).median
+            ms = 1e3 * timed(_attend(event, engine, course.rollout.state), **options).median
             rows.append({"part": f"attend {kind}", "ms": ms * count, "calls": count, "how": "alone"})
         if calls.request is not None:
             request, selector = calls.request, course.rollout.state.self_selector
@@ -205,18 +210,24 @@ def attention_parts(subject: Subject) -> Rows:
     return rows
 
 
-def _attend(event: AttendEvent, engine: str) -> Callable[[], object]:
-    """The call of an event as rollouts make it, whose keys carry their log-counts."""
-    q, k, log_count, head_dim = event.q, event.k, event.log_count, event.q.shape[-1]
+def _attend(event: AttendEvent, engine: str, state: AttentionState) -> Callable[[], object]:
+    """The call of an event as rollouts make it: log-counts in the keys, these in the order of a plan that is kept."""
+    q, k, v, log_count, plan = event.q, event.k, event.v, event.log_count, event.plan
+    head_dim = q.shape[-1]
+    if plan is not None and state.self_selector.keeps_plans:
+        k, v = take_rows(k, plan.key_order), take_rows(v, plan.key_order)
+        if log_count is not None and plan.key_order is not None:
+            log_count = log_count.gather(2, plan.key_order)
+        plan = plan.on_ordered_keys
     if event.stream == "self" and log_count is not None:
         width = engines.key_width(engine, head_dim, q.device)
         if width > head_dim:
             q, k = augment_queries(q, width), augment_keys(k, log_count, width)
             log_count = None
-    options: dict[str, Any] = {"log_count": log_count, "plan": event.plan, "engine": engine}
+    options: dict[str, Any] = {"log_count": log_count, "plan": plan, "engine": engine}
     if q.shape[-1] > head_dim:
         options["head_dim"] = head_dim
-    return lambda: engines.attend(q, k, event.v, **options)
+    return lambda: engines.attend(q, k, v, **options)
 
 
 PARTS: tuple[Part, ...] = (pass_parts, linear_parts, attention_parts)

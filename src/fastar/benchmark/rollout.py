@@ -148,6 +148,7 @@ class _Table:
             **filled,
             **course.peaks(),
             "cache_bytes": cache.bytes_used(),
+            "working_bytes": course.rollout.state.working_bytes(),
             "cache_slots": cache.slots_used(),
             "layers": workload.layers,
             "engine": course.rollout.state.engine,
@@ -201,5 +202,5 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
         "peak GiB": " / ".join(
             f"{row[n] / 2**30:.4g}" for n in ("peak_allocated", "peak_reserved") if n in row
         ),
-        "cache GiB": f"{row['cache_bytes'] / 2**30:.3f}",
+        "cache + copies GiB": f"{row['cache_bytes'] / 2**30:.3f} + {row['working_bytes'] / 2**30:.3f}",
     }

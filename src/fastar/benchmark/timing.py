@@ -23,20 +23,32 @@ class Timing:
 
 @torch.inference_mode()
 def timed(
-    call: Callable[[], object], *, device: torch.device, repeats: int = 7, warmup: int = 2, flush: bool = True
+    call: Callable[[], object],
+    *,
+    device: torch.device,
+    repeats: int = 7,
+    warmup: int = 2,
+    flush: bool = True,
+    captured: bool = False,
 ) -> Timing:
     """Time `call`, `repeats` times after `warmup` untimed ones.
 
     On a GPU each repeat lies between two events on the current stream, and the host waits once, at the end; with
-    `flush`, a buffer larger than the L2 cache is written before each.
+    `flush`, a buffer larger than the L2 cache is written before each. `captured` times a CUDA graph of the call, as
+    captured rollouts run it: without what the host takes to launch its kernels.
 
     Raises:
-        ValueError: fewer than one repeat.
+        ValueError: fewer than one repeat, or a graph on another device than a GPU.
+        RuntimeError: the call cannot be captured.
     """
     if repeats < 1:
         raise ValueError(f"a timing needs at least one repeat, got {repeats}")
+    if captured and device.type != "cuda":
+        raise ValueError(f"calls can be captured on a CUDA device only, not on {device.type}")
     for _ in range(warmup):
         call()
+    if captured:
+        call = _graph_of(call)
     if device.type != "cuda":
         seconds = [_clocked(call) for _ in range(repeats)]
     else:
@@ -52,6 +64,13 @@ def timed(
         seconds = [first.elapsed_time(last) / 1000 for first, last in events]
     low, median, high = np.percentile(seconds, (25, 50, 75))
     return Timing(float(median), float(low), float(high))
+
+
+def _graph_of(call: Callable[[], object]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _clocked(call: Callable[[], object]) -> float:

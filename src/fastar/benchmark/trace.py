@@ -19,9 +19,10 @@ KINDS = (
         "match and merge",
         r"^(nearest\w*|halved_squares|merge_partials|moments|cholesky|features|cheaper_partner|lowest|places|find_roots|fold)$",
     ),
+    ("plan", r"^(codes|shared_pairs|block_means|choose_blocks)$"),
     ("sort", r"sort|radix|topk|scan|bitonic|searchsorted|unique|segment"),
     ("gemm", r"gemm|cutlass|nvjet|cublas|xmma|splitk|wgmma|\bmm\b|addmm|bmm|matmul|linear|conv"),
-    ("copy", r"memcpy|memset|copy|catarray|\bcat\b|gather|scatter|index|fill|zero"),
+    ("copy", r"memcpy|memset|copy|^move_rows$|catarray|\bcat\b|gather|scatter|index|fill|zero"),
     ("elementwise", r"elementwise|triton|vectorized|reduce|norm|softmax|rope|^place$|quantise|gelu|aten::"),
 )
 """Kinds of kernels by words in their names; the first that is found counts, `other` if none is."""

@@ -167,7 +167,7 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
     return Workload(
         session=session,
         motion=motion,
-        prompts=_prompts(session, config.seed),
+        prompts=random_prompts(session, config.seed),
         variants=tuple(variants_of(config)),
         capture=capture,
         must_capture=config.capture is True,
@@ -209,7 +209,8 @@ def _at_budget(node: Mapping[str, Any], budget: float | None) -> dict[str, Any]:
     return changed
 
 
-def _prompts(session: Session, seed: int) -> Prompts | None:
+def random_prompts(session: Session, seed: int) -> Prompts | None:
+    """One prompt of random embeddings, for a backbone that reads any."""
     config = session.backbone.config
     if config.transformer.text_dim is None:
         return None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastar.backbones import BackboneConfig, Prompts
 from fastar.compare.latents import LatentClips, noise_clips
+from fastar.compare.played import PlayedClip
 from fastar.compare.prompt_clips import SOURCE, PromptClips
 from fastar.data.doom.dataset import DoomClips, render_clip
 from fastar.data.doom.env import DoomWorlds
@@ -94,7 +95,7 @@ class Clips:
         ]
 
 
-AnyClips = Clips | LatentClips | PromptClips
+AnyClips = Clips | LatentClips | PromptClips | PlayedClip
 
 
 def check_source(data: DictConfig, source: str, backbone: BackboneConfig) -> None:

@@ -75,6 +75,13 @@ def check_choices(arguments: Sequence[str], folder: Path) -> None:
             raise SystemExit(f"error: unknown {group} '{unknown[0]}': choose from {', '.join(choices)}")
 
 
+def with_all(arguments: Sequence[str], folder: Path) -> list[str]:
+    """The command line with `all` of a group, as in method=all, spelt out: every config in the group's `folder`."""
+    names = ",".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    every = f"{folder.name}=all"
+    return [f"{folder.name}=[{names}]" if argument == every else argument for argument in arguments]
+
+
 def check_writable(folder: Path, setting: str = "paths.outputs") -> None:
     """Make `folder`, which `setting` names; ValueError if nothing can be written there."""
     probe = folder / ".writable"

@@ -55,8 +55,9 @@ def free_run(
     memory, baseline = PeakMemory(session.device), baseline_of(run)
     memory.start()
     rollout = session.start(
-        method, seeds, prompts=clips.prompts, timer=timer, recorders=[scorer.density], end_frame=clips.end
-    )
+        method, seeds, prompts=clips.prompts, timer=timer, recorders=[scorer.density], end_frame=clips.end,
+        image=session.image_of(clips),
+    )  # fmt: skip
     scorer.started(rollout)
     screen: Screen = session.screen(clips)
     latents = _begin(session, rollout, clips, run, timer)

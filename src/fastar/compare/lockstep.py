@@ -43,7 +43,9 @@ def run_a(
     """
     dense = Method(name="dense")
     caches = {name: method.cache() for name, method in methods.items()}
-    given: dict[str, Any] = {"prompts": clips.prompts, "end_frame": clips.end}
+    given: dict[str, Any] = {
+        "prompts": clips.prompts, "end_frame": clips.end, "image": session.image_of(clips),
+    }  # fmt: skip
     teacher = session.start(dense, seeds, cache=TeeCache(dense.cache(), list(caches.values())), **given)
     students = {
         name: session.start(method, seeds, cache=caches[name], recorders=scorers[name].recorders, **given)
@@ -143,8 +145,9 @@ def run_b(
 ) -> None:
     """One method, whose commit passes read its own cache; arguments as in `run_a`."""
     rollout = session.start(
-        method, seeds, prompts=clips.prompts, recorders=[scorer.density], end_frame=clips.end
-    )
+        method, seeds, prompts=clips.prompts, recorders=[scorer.density], end_frame=clips.end,
+        image=session.image_of(clips),
+    )  # fmt: skip
     scorer.started(rollout)
     denoised = Denoised(scorer.run, session, clips, trajectory, save_every)
     screen: Screen = session.screen(clips)

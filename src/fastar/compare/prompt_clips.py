@@ -14,7 +14,9 @@ from torch import Tensor
 from fastar.backbones import BackboneConfig, Prompts
 from fastar.backbones.codec import latent_frames, pixel_frames
 from fastar.backbones.storage import sha256_of
+from fastar.backbones.wan.clip import ImageEncoder
 from fastar.backbones.wan.umt5 import PromptEncoder
+from fastar.compare.starts import ImageStart, image_encoder_of, image_start
 from fastar.data.prompt_sets import PromptEntry, PromptSet
 from fastar.data.video import read_start
 
@@ -35,6 +37,8 @@ class PromptClips:
         end: latent frames of the whole video, the given ones included.
         prefill: latent frames that are given.
         frames: uint8 [B, F, H, W, 3], the given pixel frames, F = 0 without any.
+        start: what they start from, on a backbone that reads an image: no frame is given then.
+        images: sha256 of what encoded that.
     """
 
     entries: tuple[PromptEntry, ...]
@@ -43,6 +47,8 @@ class PromptClips:
     end: int
     prefill: int
     frames: Tensor
+    start: ImageStart | None = None
+    images: str | None = None
     actions: None = None
     truth: None = None
 
@@ -56,8 +62,9 @@ class PromptClips:
     def identity(self) -> dict[str, Any]:
         """What decides the videos, as far as the clips do: texts and beginnings, not the files that they came in."""
         return identity_of(
-            self.entries, self.encoder, generated=self.end - self.prefill, prefill=self.prefill
-        )
+            self.entries, self.encoder, self.images,
+            generated=self.end - self.prefill, prefill=self.prefill,
+        )  # fmt: skip
 
 
 def read_set(data: DictConfig) -> PromptSet:
@@ -70,13 +77,13 @@ def read_set(data: DictConfig) -> PromptSet:
         raise ValueError(f"data={data.name} reads a file of prompts: name it with prompts=FILE")
     found = instantiate(data.prompts)
     assert isinstance(found, PromptSet)
-    return found
+    return found if data.get("image") is None else found.starting_from(data.image)
 
 
 def identity_of(
-    entries: Sequence[PromptEntry], encoder: str, *, generated: int, prefill: int
+    entries: Sequence[PromptEntry], encoder: str, images: str | None = None, *, generated: int, prefill: int
 ) -> dict[str, Any]:
-    """What decides the videos of `entries`, as far as they do, encoded by the encoder of sha256 `encoder`."""
+    """What decides the videos of `entries`, as far as they do, encoded by encoders of sha256 `encoder` and `images`."""
     starts = [None if entry.start is None else sha256_of(entry.start) for entry in entries]
     return {
         "prompts": [entry.text for entry in entries],
@@ -84,7 +91,7 @@ def identity_of(
         "starts": starts if any(starts) else None,
         "prefill_frames": prefill,
         "frames": generated,
-    }
+    } | ({} if images is None else {"image_encoder": images})
 
 
 def given_frames(
@@ -92,13 +99,23 @@ def given_frames(
 ) -> int:
     """Latent frames that videos of `entries` begin with: none, or `prefill` (None: a chunk) where there is a start.
 
+    A backbone that reads an image makes that frame, too: nothing is given.
+
     Raises:
-        ValueError: some begin with something and some do not, or lengths are no whole chunks.
+        ValueError: some begin with something and some do not, or lengths are no whole chunks; no image where the
+            backbone reads one, or frames to begin with.
     """
     begins = {entry.start is not None for entry in entries}
     if len(begins) != 1:
         raise ValueError("prompts with and without a start cannot share a batch: set batch=1")
     given = (backbone.chunk_frames if prefill is None else prefill) if begins == {True} else 0
+    if backbone.transformer.image_dim is not None:
+        if begins != {True} or prefill:
+            raise ValueError(
+                f"the backbone '{backbone.name}' starts from an image and makes all frames: name it by image=FILE or "
+                "in the column start of the prompts, and leave prefill_frames out"
+            )
+        given, begins = 0, {False}
     for setting, frames, least in (
         ("frames", generated, 1),
         ("prefill_frames", given, int(begins == {True})),
@@ -118,6 +135,7 @@ def prompt_clips(
     generated: int,
     prefill: int | None,
     stride: int,
+    images: ImageEncoder | None = None,
 ) -> PromptClips:
     """Clips of `entries`, whose embeddings are read or made now.
 
@@ -127,6 +145,7 @@ def prompt_clips(
         generated: latent frames to make.
         prefill: latent frames that are given where an entry has a start; None: a chunk.
         stride: pixel frames of a latent frame.
+        images: encodes what videos start from, for a backbone that reads it.
 
     Raises:
         ValueError: as `given_frames`, or a video is too short.
@@ -142,6 +161,8 @@ def prompt_clips(
         given + generated,
         given,
         torch.stack(beginnings),
+        None if images is None else image_start([e.start for e in entries if e.start], images, backbone),
+        None if images is None else images.sha256,
     )
 
 
@@ -163,6 +184,7 @@ def clips_of_seeds(config: DictConfig, session: Session, seeds: Sequence[int]) -
         generated=config.frames,
         prefill=config.prefill_frames or None,
         stride=session.stride,
+        images=image_encoder_of(config.data, config.backbone),
     )
     if clips.prefill != config.prefill_frames:
         raise ValueError(
@@ -172,7 +194,7 @@ def clips_of_seeds(config: DictConfig, session: Session, seeds: Sequence[int]) -
     return clips
 
 
-def set_identity(data: DictConfig) -> dict[str, Any]:
+def set_identity(data: DictConfig, backbone: DictConfig) -> dict[str, Any]:
     """What decides the clips of seeds: the file's content, which part of it, and the encoder; not where they lie."""
     found: dict[str, Any] = {
         "prompts": part_of_set(data).sha256[:16],
@@ -181,6 +203,8 @@ def set_identity(data: DictConfig) -> dict[str, Any]:
     }
     if data.prompts.get("dimensions") is not None:
         found["dimensions"] = list(data.prompts.dimensions)
+    if (images := image_encoder_of(data, backbone)) is not None:
+        found["image_encoder"] = images.sha256[:16]
     return found
 
 

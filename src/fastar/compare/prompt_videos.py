@@ -24,6 +24,7 @@ from fastar.compare.prompt_clips import PromptClips, given_frames, identity_of, 
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session, open_session
 from fastar.compare.single import one_method, run_arguments, store_of
+from fastar.compare.starts import image_encoder_of
 from fastar.data.prompt_sets import PromptEntry, PromptSet
 from fastar.data.video import write_mp4
 from fastar.results import Run, run_id
@@ -66,6 +67,7 @@ def roll_prompts(config: DictConfig, record: JobRecord | None = None) -> Path:
     wanted = videos_of(chosen, config.seed, config.videos_per_prompt)
     encoder = instantiate(config.data.encoder)
     encoder.prepare([entry.text for entry in chosen.entries])  # before the backbone takes its memory
+    images = image_encoder_of(config.data, config.backbone)
     session = open_session(config)
     session.eyes()
     generated = session.backbone.config.context_frames if config.frames is None else config.frames
@@ -73,7 +75,8 @@ def roll_prompts(config: DictConfig, record: JobRecord | None = None) -> Path:
 
     def arguments(video: Video) -> dict[str, Any]:
         given = given_frames([video.entry], session.backbone.config, **settings)
-        clip = identity_of([video.entry], encoder.sha256, generated=generated, prefill=given)
+        known = None if images is None else images.sha256
+        clip = identity_of([video.entry], encoder.sha256, known, generated=generated, prefill=given)
         labels = {"prompt": video.entry.id, "prompts_sha256": chosen.sha256[:12]}
         return run_arguments(config, session, name, node, clip, video.seed, labels)
 
@@ -89,7 +92,9 @@ def roll_prompts(config: DictConfig, record: JobRecord | None = None) -> Path:
                 with store_of(config).open(**arguments(video), device=session.device) as run:
                     if not run.finished:
                         backbone, stride = session.backbone.config, session.stride
-                        clips = prompt_clips([video.entry], encoder, backbone, stride=stride, **settings)
+                        clips = prompt_clips(
+                            [video.entry], encoder, backbone, stride=stride, images=images, **settings
+                        )
                         advance = partial(progress.advance, task)
                         _make(config, session, name, node, clips, video, run, advance=advance)
                 made[video.file] = run.run_id

@@ -91,16 +91,14 @@ class ComparisonRuns:
             "dtype": config.dtype,
             "batch": batch,
         }
-        if self.session.autoencoder_weights is not None:  # its own is part of the backbone's weights
-            shared["autoencoder"] = self.session.autoencoder_weights
-        return shared
+        return shared | self.session.parts
 
     @cached_property
     def _data_identity(self) -> dict[str, Any]:
         """What decides the clips, wherever the files they are made of lie."""
         config = self.config
         if config.source == SOURCE:
-            return set_identity(config.data)
+            return set_identity(config.data, config.backbone)
         data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
         if data.get("encoder"):
             data["encoder"] = checksum_of(data["encoder"]["folder"])

@@ -68,6 +68,8 @@ class Scorer:
         self.run.summary["engine"] = rollout.state.engine
         if rollout.state.passed_over:
             self.run.summary["engines_passed_over"] = rollout.state.passed_over
+        if rollout.state.engine_for_few_keys:
+            self.run.summary["engine_for_few_keys"] = rollout.state.engine_for_few_keys
 
     def chunk(self, first: int, latents: Tensor, shown: Tensor | None) -> None:
         """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, F, H, W, 3] or not at all."""

@@ -10,12 +10,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fastar.backbones import Backbone, Prompts
+from fastar.backbones import Backbone, ImageCondition, Prompts
 from fastar.backbones.codec import VideoCodec, pixel_frames
 from fastar.backbones.pretrained import load_checkpoint
 from fastar.cache import CachePolicy
 from fastar.compare.clips import AnyClips
 from fastar.compare.latents import LatentClips
+from fastar.compare.played import PlayedClip
+from fastar.compare.prompt_clips import PromptClips
 from fastar.compare.prompted import PromptedClip
 from fastar.compare.screen import Screen
 from fastar.compare.weights import random_backbone
@@ -50,6 +52,12 @@ class Session:
     autoencoder_weights: str | None = None
 
     @property
+    def parts(self) -> dict[str, str]:
+        """sha256 of what computes beside the backbone, or is merged into it, by name: for the identity of a run."""
+        known = {"autoencoder": self.autoencoder_weights, "lora": self.backbone.lora_sha256}
+        return {name: sha256 for name, sha256 in known.items() if sha256 is not None}
+
+    @property
     def chunk(self) -> int:
         """Frames of a chunk."""
         return self.loop.chunk_frames
@@ -80,7 +88,7 @@ class Session:
         """Latents [B, prefill, C, h, w] of the frames that a rollout of `clips` is given, on the device."""
         if isinstance(clips, LatentClips):
             return clips.latents.to(self.device)
-        if isinstance(clips, PromptedClip) or not clips.prefill:
+        if isinstance(clips, PromptedClip | PlayedClip) or not clips.prefill:
             shape = (clips.batch, 0, *self.backbone.config.latent_shape)
             return torch.empty(shape, device=self.device)
         return self.encode(clips.frames[:, : pixel_frames(clips.prefill, self.stride)])
@@ -90,6 +98,21 @@ class Session:
         """uint8 [B, F, H, W, 3] from the first frame of a video on -> latents float32 [B, n, C, h, w] on the device."""
         parts = frames.split(FRAMES_AT_ONCE if self.stride == 1 else frames.shape[1], dim=1)
         return torch.cat([self.eyes().encode(to_model_range(part.to(self.device))) for part in parts], 1)
+
+    @torch.inference_mode()
+    def image_of(self, clips: AnyClips | PromptedClip) -> ImageCondition | None:
+        """What the backbone is told of the image that `clips` start from; None where they start from none.
+
+        As Wan I2V and Matrix-Game 2.0 have it: the latents are of a video of the image and grey frames after it.
+        """
+        if not isinstance(clips, PromptClips | PlayedClip) or clips.start is None:
+            return None
+        image = to_model_range(clips.start.frames.to(self.device))
+        blank = pixel_frames(clips.end, self.stride) - 1
+        video = torch.cat([image, image.new_zeros(clips.batch, blank, *image.shape[2:])], dim=1)
+        return ImageCondition.of_first_frame(
+            clips.start.tokens.to(self.device), self.eyes().encode(video).float()
+        )
 
     def screen(self, clips: AnyClips | PromptedClip) -> Screen:
         """Where a rollout of `clips` is shown."""
@@ -105,6 +128,7 @@ class Session:
         recorders: Sequence = (),
         cache: CachePolicy | None = None,
         end_frame: int | None = None,
+        image: ImageCondition | None = None,
     ) -> Rollout:
         """A rollout at frame 0; see `start_rollout`."""
         return start_rollout(
@@ -117,6 +141,7 @@ class Session:
             recorders=recorders,
             cache=cache,
             end_frame=end_frame,
+            image=image,
         )
 
 
@@ -137,6 +162,10 @@ def open_session(config: DictConfig) -> Session:
         torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")
     device = torch.device(best_device() if config.device == "auto" else config.device)
+    if config.get("lora") is not None and config.checkpoint == RANDOM:
+        raise ValueError(
+            "a LoRA changes weights that mean something: leave lora=... out, or name its checkpoint"
+        )
     if config.checkpoint == RANDOM:
         backbone = random_backbone(config.backbone, device)
     else:
@@ -146,6 +175,8 @@ def open_session(config: DictConfig) -> Session:
             device=device,
             dtype=DTYPES[config.dtype],
             use_ema=config.get("use_ema", True),
+            lora=config.get("lora"),
+            lora_alpha=config.get("lora_alpha"),
             store=config.paths.checkpoints,
             cache=config.paths.cache,
         )

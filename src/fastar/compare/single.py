@@ -12,6 +12,7 @@ from fastar.compare import methods as method_nodes
 from fastar.compare.clips import Clips, render_clips, steered_clip
 from fastar.compare.command import check_writable, progress_bar, wide_console
 from fastar.compare.free import free_run
+from fastar.compare.played import PlayedClip, played_clip
 from fastar.compare.prompted import PromptedClip, prompted_clip
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session, open_session, passes_of
@@ -32,6 +33,8 @@ SHOWN = (
     "presence",
     "presence/changed",
 )
+AnyClip = Clips | PromptedClip | PlayedClip
+
 LENGTHS = {"prefill_frames": 32, "frames": 160}
 """Of a rollout that plays on, where the config leaves them open."""
 
@@ -81,22 +84,25 @@ def one_method(config: DictConfig) -> tuple[str, dict[str, Any]]:
     return next(iter(nodes.items()))
 
 
-def clip_of(config: DictConfig, session: Session) -> Clips | PromptedClip:
+def clip_of(config: DictConfig, session: Session) -> AnyClip:
     """What is given of the video, and what is known about the rest.
 
     Raises:
         FileNotFoundError, ValueError: settings that make no sense together.
     """
-    if session.backbone.config.transformer.text_dim is not None:
+    backbone = session.backbone.config
+    if backbone.transformer.action_module is not None:
+        return played_clip(config, backbone)
+    if backbone.transformer.text_dim is not None:
         return prompted_clip(config, session.chunk)
     if config.prompts is not None:
         raise ValueError(
             f"the backbone '{config.backbone.name}' reads no prompts: add backbone=scenes data=scenes"
         )
-    return played_clip(config, session.chunk)
+    return simulated_clip(config, session.chunk)
 
 
-def played_clip(config: DictConfig, chunk: int) -> Clips:
+def simulated_clip(config: DictConfig, chunk: int) -> Clips:
     """A true beginning, actions, and what the simulator shows for them."""
     lengths = {name: default if config[name] is None else config[name] for name, default in LENGTHS.items()}
     for setting, frames in lengths.items():
@@ -110,11 +116,9 @@ def played_clip(config: DictConfig, chunk: int) -> Clips:
     return steered_clip(dataset, config.seed, actions, prefill=prefill)
 
 
-def open_run(
-    config: DictConfig, session: Session, name: str, node: dict[str, Any], clips: Clips | PromptedClip
-) -> Run:
+def open_run(config: DictConfig, session: Session, name: str, node: dict[str, Any], clips: AnyClip) -> Run:
     """The run of the store with these settings."""
-    if isinstance(clips, PromptedClip):
+    if not isinstance(clips, Clips):
         given = clips.identity()
     else:
         heldout: Any = OmegaConf.to_container(config.data.heldout, resolve=True)
@@ -149,10 +153,8 @@ def run_arguments(
         "dtype": config.dtype,
         "warmup_chunks": config.warmup_chunks,
     }
-    if session.autoencoder_weights is not None:  # its own is part of the backbone's weights
-        identity["autoencoder"] = session.autoencoder_weights
     return {
-        "config": identity,
+        "config": identity | session.parts,
         "seed": seed,
         "checkpoint_sha256": session.weights,
         "timing_device": device_name(session.device),
@@ -160,7 +162,7 @@ def run_arguments(
     }
 
 
-def write_videos(run: Run, name: str, clips: Clips | PromptedClip, shown: Tensor, *, fps: float) -> None:
+def write_videos(run: Run, name: str, clips: AnyClip, shown: Tensor, *, fps: float) -> None:
     """The rollout alone, and, if it is known, beside what the simulator or the prompts say."""
     path = write_mp4(run.videos / "rollout.mp4", shown[0], fps=fps)
     if clips.truth is not None:

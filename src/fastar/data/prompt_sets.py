@@ -59,6 +59,22 @@ class PromptSet:
             raise ValueError(f"{self.path} has {len(self)} prompts: there are none from number {first} on")
         return replace(self, entries=chosen)
 
+    def starting_from(self, file: str | Path) -> PromptSet:
+        """The same prompts; those without a start of their own begin with this image or video.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is neither.
+        """
+        start = Path(file).expanduser()
+        if start.suffix.lower() not in (*IMAGES, *VIDEOS):
+            raise ValueError(f"{file} is no image or video: {', '.join((*IMAGES, *VIDEOS))} are read")
+        if not start.is_file():
+            raise FileNotFoundError(f"there is no image {file}")
+        digest = hashlib.sha256(self.sha256.encode() + start.read_bytes()).hexdigest()
+        entries = tuple(replace(e, start=start if e.start is None else e.start) for e in self.entries)
+        return replace(self, entries=entries, sha256=digest)
+
 
 def read_prompts(path: str | Path, *, extended: str | Path | None = None) -> PromptSet:
     """The prompts of a .txt, .jsonl or .csv file.

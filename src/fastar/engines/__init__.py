@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fastar.engines.augmented import EXTRA
-from fastar.engines.auto import choose, example_call
+from fastar.engines.auto import FEW_KEYS, choose, example_call, for_few_keys
 from fastar.engines.plan import WILDCARD, BlockPlan
 from fastar.engines.registry import AttentionCall, Engine, get, names, resolve
 
 __all__ = [
+    "FEW_KEYS",
     "WILDCARD",
     "AttentionCall",
     "BlockPlan",
@@ -26,6 +27,7 @@ __all__ = [
     "attend",
     "choose",
     "example_call",
+    "for_few_keys",
     "get",
     "key_width",
     "names",

@@ -9,12 +9,16 @@ that torch), bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131
     cudnn        538  507    447  441      -
     sdpa         308  315
 
-One engine serves all calls of a rollout, so that methods of one comparison differ in nothing else. FlashAttention-4
-comes first: within 6 % of the fastest dense call, the fastest log-counted one at many keys, and the only one of the
-first three that executes block plans. `experiments/benchmark.py` measures the table anew.
+One engine serves all calls of a rollout but those over few keys, a prompt's, so that methods of one comparison differ
+in nothing else. FlashAttention-4 comes first: within 6 % of the fastest dense call, the fastest log-counted one at many
+keys, and the only one of the first three that executes block plans. `experiments/benchmark.py` measures the table anew.
+At 512 keys without log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038 and SDPA 0.064 (same
+machine, 2026-11-26, `experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +31,21 @@ ORDER = {
     "cpu": ("sdpa",),
 }
 """Engines by device type and major compute capability; on other devices `reference`, which needs nothing."""
+
+
+FEW_KEYS = 1024
+FOR_FEW_KEYS = {"cuda 9": "cudnn"}
+"""The engine for calls over at most `FEW_KEYS` keys without log-counts, where it is another one."""
+
+
+def for_few_keys(device: torch.device, call: AttentionCall) -> str | None:
+    """The engine that `auto` takes for calls like `call` over few keys, if it is not the one for all others."""
+    found = capability(device)
+    name = None if found is None else FOR_FEW_KEYS.get(f"{device.type} {found[0]}")
+    plain = replace(call, log_count=None, plan=None)
+    if name is None or get(name).unfit_for_device(device) or get(name).unfit_for(plain):
+        return None
+    return name
 
 
 def order(device: torch.device) -> tuple[str, ...]:

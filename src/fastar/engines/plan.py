@@ -127,6 +127,16 @@ class BlockPlan:
         lengths = (self.num_queries, self.num_keys)
         return replace(self, key_order=None, key_tags=tags, lengths=lengths, block_lists=self.listed())
 
+    @cached_property
+    def in_order(self) -> BlockPlan:
+        """The same plan for queries and keys that both lie in its order already."""
+        plan = self.on_ordered_keys
+        if plan.query_order is None:
+            return plan
+        tags = None if plan.query_tags is None else plan.query_tags.gather(2, plan.query_order)
+        lengths = (self.num_queries, self.num_keys)
+        return replace(plan, query_order=None, query_tags=tags, lengths=lengths, block_lists=self.listed())
+
     def executed_pairs(self) -> Tensor:
         """Query-key pairs in the executed blocks, [B, H] int64; empty slots and padding do not count."""
         rows = _block_sizes(self.block_mask.shape[2], self.block_q, self._full_length(self.num_queries))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastar.engines.plan import take_rows
+from fastar.engines.plan import inverse_order, take_rows
 
 _ROWS = 32  # tokens a program moves
 
@@ -37,6 +37,11 @@ def scattered(x: Tensor, order: Tensor | None) -> Tensor:
     target = x.new_empty(batch, length, heads, width).transpose(1, 2)
     _move(x, order, target, scatter=True)
     return target
+
+
+def put_back(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of x [B, H, L, D] that lie in `order` [B, H, L] where they were before, in new memory, on any device."""
+    return scattered(x, order) if x.device.type == "cuda" else take_rows(x, inverse_order(order))
 
 
 def _move(source: Tensor, order: Tensor, target: Tensor, *, scatter: bool) -> None:

@@ -89,7 +89,7 @@ class CapturedPasses:
         state.places.keeps_addresses = True
 
     def clear(self) -> None:
-        """Forget all graphs: the prompt or the state is another."""
+        """Forget all graphs: the prompt or the state is another, or a pass failed."""
         self._graphs.clear()
 
     def run(
@@ -117,6 +117,8 @@ class CapturedPasses:
             if context.commits:
                 require_finite(finite, f"{context.kind} pass")
         except BaseException:
+            # later passes of a chunk read what its first one made: all are captured in one chunk, or none
+            self.clear()
             state.abort_pass()
             raise
         state.end_pass(lambda work: self._graphs.run(("cache", *key), work))
@@ -152,6 +154,7 @@ class CapturedPasses:
         refused = {
             f"a {type(state.cache).__name__}, whose work depends on what is cached": state.cache.layout()
             is None,
+            f"{type(state.self_selector).__name__}, which draws on the host": state.self_selector.draws,
             "recorders, which look at every call": bool(state.recorders),
             "an action module, which has a past of its own": config.action_module is not None,
             "an image to start from": config.image_dim is not None or config.condition_channels > 0,

@@ -121,7 +121,8 @@ class AnnSA(Selector):
         query_buckets, key_buckets = assign(request)
         query_runs, query_order = sort_by_bucket(query_buckets)
         layout = lay_out_keys(key_buckets, request.log_count, request.num_current)
-        shared = shared_pairs(query_runs, layout, self.block_q, self.block_k)
+        wildcards = self.source == "prompt"
+        shared = shared_pairs(query_runs, layout, self.block_q, self.block_k, wildcards=wildcards)
         if self.density is None:
             starts = torch.arange(shared.shape[-1], device=shared.device) * self.block_k
             mask = (shared > 0) | (starts < layout.current)
@@ -134,11 +135,12 @@ class AnnSA(Selector):
         if self.rank == "shared":
             # counts are whole numbers: the logit only breaks their ties
             scores = shared + scores.sigmoid() * 0.5
-        mask, bound = choose_blocks(scores, layout, self.block_k, self.density)
-        pairs = (shared * mask).sum((2, 3))
+        chosen = choose_blocks(scores, layout, self.block_k, self.density)
+        pairs = (shared * chosen.mask).sum((2, 3))
         return build_plan(
-            query_order, layout, mask, self.block_q, self.block_k, max_blocks=bound, bucket_pairs=pairs
-        )
+            query_order, layout, chosen.mask, self.block_q, self.block_k,
+            max_blocks=chosen.most, bucket_pairs=pairs, lists=chosen.lists,
+        )  # fmt: skip
 
     def _buckets(self, request: SelectRequest) -> tuple[Tensor, Tensor]:
         assert self.bucketizer is not None

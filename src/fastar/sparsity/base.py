@@ -128,6 +128,7 @@ class Selector(Scheduled, ABC):
         tags_in_blocks: whether its plans have tags inside the blocks.
         keeps_plans: whether later passes of a chunk go by the plan of an earlier one: the very object, whose order of
             keys begins with the current chunk's.
+        draws: whether its plans are drawn on the host, which no captured pass does again.
     """
 
     match_space: MatchSpace = "roped"
@@ -135,6 +136,7 @@ class Selector(Scheduled, ABC):
     blocks: tuple[int, int] | None = None
     tags_in_blocks = False
     keeps_plans = False
+    draws = False
 
     def standing(self, layer: int, context: PassContext, num_queries: int, num_keys: int) -> BlockPlan | None:
         """The plan that a call of these sizes goes by whatever its vectors are; None: ask `plan`."""

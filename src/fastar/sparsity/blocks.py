@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,16 +68,15 @@ def sort_by_bucket(buckets: Tensor) -> tuple[Tensor, Tensor]:
     if buckets.device.type != "cuda":
         return torch.sort(buckets, dim=-1, stable=True)
     batch, heads, length = buckets.shape
-    rows, radix = (
-        torch.arange(batch * heads, device=buckets.device).view(batch, heads, 1),
-        _LAST - WILDCARD + 1,
-    )
-    keys = (buckets - WILDCARD + rows * radix).to(torch.int32)
-    keys, order = torch.sort(keys.flatten(), stable=True)
-    return keys.view_as(buckets) - rows * radix + WILDCARD, order.view_as(buckets) - rows * length
+    rows = torch.arange(batch * heads, device=buckets.device).view(batch, heads, 1)
+    apart = rows * (_LAST - WILDCARD + 1) - WILDCARD
+    keys, order = torch.sort((buckets + apart).to(torch.int32).flatten(), stable=True)
+    return keys.view_as(buckets) - apart, order.view_as(buckets) - rows * length
 
 
-def shared_pairs(query_buckets: Tensor, layout: KeyLayout, block_q: int, block_k: int) -> Tensor:
+def shared_pairs(
+    query_buckets: Tensor, layout: KeyLayout, block_q: int, block_k: int, *, wildcards: bool = True
+) -> Tensor:
     """Same-bucket pairs of queries and cached keys in each block pair: [B, H, query blocks, key blocks].
 
     Equal buckets are one run of the sorted keys, so that the count is the overlap of runs with blocks: no
@@ -84,30 +84,45 @@ def shared_pairs(query_buckets: Tensor, layout: KeyLayout, block_q: int, block_k
 
     Args:
         query_buckets: [B, H, Lq] in plan order; `WILDCARD` shares with every key.
+        wildcards: whether there may be any `WILDCARD`.
     """
-    runs = layout.buckets.contiguous()
-    reads_all = query_buckets == WILDCARD
-    everything = (layout.live - layout.current)[..., None].int()
-    starts = torch.searchsorted(runs, query_buckets, out_int32=True).masked_fill(reads_all, 0)
-    ends = torch.searchsorted(runs, query_buckets, out_int32=True, right=True)
-    ends = torch.where(reads_all, everything, ends)
-    # wildcard keys sort before every bucket; a query with a bucket reads them besides its own run
-    wildcards = torch.searchsorted(runs, torch.full_like(query_buckets, WILDCARD), out_int32=True, right=True)
-    wildcards = wildcards.masked_fill(reads_all, 0)
-    if runs.device.type == "cuda":
+    starts, ends, wild = _runs_of(query_buckets, layout, wildcards)
+    if query_buckets.device.type == "cuda":
         num_keys = layout.order.shape[2]
-        return fused.shared_pairs(starts, ends, wildcards, num_keys, layout.current, block_q, block_k)
+        return fused.shared_pairs(starts, ends, wild, num_keys, layout.current, block_q, block_k)
 
     num_blocks = -(-layout.order.shape[2] // block_k)
-    edges = torch.arange(num_blocks, device=runs.device, dtype=torch.int32) * block_k - layout.current
+    edges = torch.arange(num_blocks, device=ends.device, dtype=torch.int32) * block_k - layout.current
     first, size = edges.clamp(min=0), (edges + block_k).clamp(min=0) - edges.clamp(min=0)
 
     def up_to(place: Tensor) -> Tensor:
         """Cached keys of each block that lie before a place in the sorted order."""
         return (place[..., None] - first).clamp(min=0).minimum(size)
 
-    counts = up_to(ends) - up_to(starts) + up_to(wildcards)
+    counts = up_to(ends) - up_to(starts)
+    if wild is not None:
+        counts = counts + up_to(wild)
     return _cut(counts, dim=2, size=block_q).sum(3)
+
+
+def _runs_of(
+    query_buckets: Tensor, layout: KeyLayout, wildcards: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Where the cached keys of each query's bucket begin and end, how many wildcards it reads besides: [B, H, Lq]."""
+    runs = layout.buckets.contiguous()
+    starts = torch.searchsorted(runs, query_buckets, out_int32=True)
+    ends = torch.searchsorted(runs, query_buckets, out_int32=True, right=True)
+    if not wildcards:
+        return starts, ends, None
+    reads_all = query_buckets == WILDCARD
+    everything = (layout.live - layout.current)[..., None].int()
+    # wildcard keys sort before every bucket; a query with a bucket reads them besides its own run
+    wild = torch.searchsorted(runs, torch.full_like(query_buckets, WILDCARD), out_int32=True, right=True)
+    return (
+        starts.masked_fill(reads_all, 0),
+        torch.where(reads_all, everything, ends),
+        wild.masked_fill(reads_all, 0),
+    )
 
 
 def centroid_scores(
@@ -124,7 +139,22 @@ def centroid_scores(
     return logits + _block_means(counts, layout.order, layout.live, block_k).transpose(-1, -2)
 
 
-def choose_blocks(scores: Tensor, layout: KeyLayout, block_k: int, density: float) -> tuple[Tensor, int]:
+@dataclass(frozen=True)
+class ChosenBlocks:
+    """Executed blocks.
+
+    Attributes:
+        mask: [B, H, query blocks, key blocks] bool.
+        most: upper bound on the key blocks of any query block.
+        lists: the mask as `BlockPlan.block_lists`, where it was made together with them.
+    """
+
+    mask: Tensor
+    most: int
+    lists: tuple[Tensor, Tensor] | None = None
+
+
+def choose_blocks(scores: Tensor, layout: KeyLayout, block_k: int, density: float) -> ChosenBlocks:
     """The best-scored key blocks of every query block, current chunk first, up to a density.
 
     Every query block gets the same number of key blocks, density * live blocks rounded to a whole number, so
@@ -134,19 +164,29 @@ def choose_blocks(scores: Tensor, layout: KeyLayout, block_k: int, density: floa
     Args:
         scores: [B, H, query blocks, key blocks]; higher is chosen first, ties go to the earlier block.
         density: executed pairs / dense pairs to aim for, in (0, 1].
-
-    Returns:
-        block mask as `scores`, and the largest number of key blocks of any query block.
     """
+    least, blocks = max(1, -(-layout.current // block_k)), scores.shape[-1]
+    most = max(least, math.floor(blocks * density + 0.5))
+    if scores.device.type == "cuda":
+        quotas = block_quotas(blocks, density, least, scores.device)
+        mask, lists = fused.choose_blocks(scores, layout.live, quotas, layout.current, block_k)
+        return ChosenBlocks(mask, most, lists)
     starts = torch.arange(scores.shape[-1], device=scores.device) * block_k
     forced, exists = starts < layout.current, starts < layout.live[..., None]
     scores = scores.masked_fill(~exists[:, :, None], -torch.inf).masked_fill(forced, torch.inf)
     ranked = torch.argsort(scores, dim=-1, descending=True, stable=True)
     rank = inverse_order(ranked)
-    least = max(1, -(-layout.current // block_k))
     quota = (exists.sum(-1).double() * density + 0.5).floor().clamp(min=least)
     mask = (rank < quota[..., None, None]) & exists[:, :, None]
-    return mask, max(least, math.floor(len(starts) * density + 0.5))
+    return ChosenBlocks(mask, most)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # for callers of either mode
+def block_quotas(blocks: int, density: float, least: int, device: torch.device) -> Tensor:
+    """How many blocks to choose of each number of them, 0 to `blocks`: int32, kept, as copying makes the host wait."""
+    chosen = [max(least, math.floor(count * density + 0.5)) for count in range(blocks + 1)]
+    return torch.tensor(chosen, dtype=torch.int32, device=device)
 
 
 def build_plan(
@@ -159,6 +199,7 @@ def build_plan(
     max_blocks: int | None = None,
     tags: tuple[Tensor, Tensor] | None = None,
     bucket_pairs: Tensor | None = None,
+    lists: tuple[Tensor, Tensor] | None = None,
 ) -> BlockPlan:
     """A `BlockPlan` over a key layout, with (query, key) tags if only equal ones may attend to each other.
 
@@ -180,6 +221,7 @@ def build_plan(
         query_tags=query_tags,
         key_tags=key_tags,
         bucket_pairs=bucket_pairs,
+        block_lists=lists,
     )
 
 

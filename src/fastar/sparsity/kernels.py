@@ -21,13 +21,13 @@ def before(place, first, size):
 @triton.jit(do_not_specialize=["n", "query_blocks", "key_blocks", "current"])
 def shared_pairs(
     starts, ends, wildcards, out, n, query_blocks, key_blocks, current,
-    Q: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    Q: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WILDCARDS: tl.constexpr,
 ):  # fmt: skip
     """out int32 [N, query_blocks, key_blocks]: pairs of a query and a cached key in each block pair.
 
-    starts, ends, wildcards int32 [N, n]: a query in plan order shares the cached keys from start to end, and the first
-    `wildcards`. Keys begin with `current` ones of the current chunk, which do not count. A program does BLOCKS blocks
-    of keys.
+    starts, ends, wildcards int32 [N, n]: a query in plan order shares the cached keys from start to end, and if
+    WILDCARDS the first `wildcards`. Keys begin with `current` ones of the current chunk, which do not count. A program
+    does BLOCKS blocks of keys.
     """
     problem = tl.program_id(2).to(tl.int64)
     block = tl.program_id(0)
@@ -42,8 +42,9 @@ def shared_pairs(
         at = problem * n + row
         start = tl.load(starts + at, mask=inside, other=0)
         end = tl.load(ends + at, mask=inside, other=0)
-        wild = tl.load(wildcards + at, mask=inside, other=0)
-        shared = before(end, first, size) - before(start, first, size) + before(wild, first, size)
+        shared = before(end, first, size) - before(start, first, size)
+        if WILDCARDS:
+            shared += before(tl.load(wildcards + at, mask=inside, other=0), first, size)
         count += tl.sum(shared, 0)
     place = out + (problem * query_blocks + block) * key_blocks + column
     tl.store(place, count, mask=column < key_blocks)
@@ -77,3 +78,37 @@ def block_means(
     count = tl.minimum(tl.maximum(tl.minimum(known, length) - block * SIZE, 0), SIZE)
     mean = total / tl.maximum(count, 1).to(tl.float32)
     tl.store(out + (problem * blocks + block) * D + width, mean, mask=width < D)
+
+
+@triton.jit(do_not_specialize=["query_blocks", "key_blocks", "current"])
+def choose_blocks(
+    scores, live, quotas, mask, counts, indices, query_blocks, key_blocks, current,
+    K: tl.constexpr, BLOCKS: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """The best-scored blocks of keys of each block of queries, by float32 scores [N, query_blocks, key_blocks].
+
+    As many as `quotas` int32 [key_blocks + 1] says of the number of blocks that hold any of the `live` int64 [N] keys;
+    those of the first `current` keys before all, of equal scores the earlier block. Writes uint8 `mask` like scores,
+    and the same as lists: counts int32 [N, query_blocks], indices int32 like scores, ascending. key_blocks <= BLOCKS.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    row = problem * query_blocks + tl.program_id(0)
+    column = tl.arange(0, BLOCKS)
+    known = (tl.load(live + problem) + K - 1) // K
+    score = tl.load(scores + row * key_blocks + column, mask=column < key_blocks, other=0)
+    score = tl.where(column * K < current, float("inf"), score)
+    exists = column < known
+    ahead = tl.zeros([BLOCKS], tl.int32)  # blocks that are chosen before each
+    for start in range(0, key_blocks, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        its = tl.load(scores + row * key_blocks + other, mask=other < key_blocks, other=0)
+        its = tl.where(other * K < current, float("inf"), its)
+        better = (its[:, None] > score[None, :]) | (
+            (its[:, None] == score[None, :]) & (other[:, None] < column[None, :])
+        )
+        ahead += tl.sum((better & (other < known)[:, None]).to(tl.int32), 0)
+    chosen = exists & (ahead < tl.load(quotas + known))
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(mask + row * key_blocks + column, chosen.to(tl.uint8), mask=column < key_blocks)
+    tl.store(indices + row * key_blocks + place, column, mask=chosen)
+    tl.store(counts + row, tl.sum(chosen.to(tl.int32), 0))

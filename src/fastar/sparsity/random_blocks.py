@@ -21,6 +21,8 @@ class RandomBlocks(Selector):
         layers, warmup_share, min_dense_steps, commit_dense: see `Scheduled`.
     """
 
+    draws = True
+
     def __init__(
         self,
         *,
@@ -50,9 +52,11 @@ class RandomBlocks(Selector):
         generator = torch.Generator().manual_seed(self._draw_seed(request))
         shape = (batch, heads, -(-num_queries // self.block_q), -(-num_keys // self.block_k))
         scores = torch.rand(shape, generator=generator).to(device, non_blocking=True)
-        mask, bound = choose_blocks(scores, layout, self.block_k, self.density)
+        chosen = choose_blocks(scores, layout, self.block_k, self.density)
         order = torch.arange(num_queries, device=device).expand(batch, heads, num_queries)
-        return build_plan(order, layout, mask, self.block_q, self.block_k, max_blocks=bound)
+        return build_plan(
+            order, layout, chosen.mask, self.block_q, self.block_k, max_blocks=chosen.most, lists=chosen.lists
+        )
 
     def _draw_seed(self, request: SelectRequest) -> int:
         seed = self.seed
