@@ -217,6 +217,7 @@ def main() -> None:
     device, geometry = torch.device("cuda"), CommitGeometry()
     settings = {
         "fast": FAST, "fast, match_width=32": FAST | {"match_width": 32},
+        "fast, rounds=2, match_width=32": FAST | {"rounds": 2, "match_width": 32},
         "fast, match_frames=1": FAST | {"match_frames": 1}, "default": {},
     }  # fmt: skip
     for name, options in settings.items():

@@ -196,7 +196,7 @@ def slots_of(policy: TempCache, inside: Slots, moment: Tensor) -> FusedSlots:
     """Features of the slots `inside`, by the stored second moments of their layers."""
     width, device = policy.spec.head_dim, moment.device
     projection = None
-    if policy.match_width is not None:
+    if policy.match_width is not None and policy.match_width < 2 * width:
         projection = random_directions(0, 2 * width, policy.match_width, device)
     factor = moment_factors(expand_moment(moment, "full", width).flatten(0, 1))
     count = inside["count"].float().flatten(0, 1)

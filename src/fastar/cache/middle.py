@@ -100,7 +100,7 @@ class Middle:
         torch.mul(value, self.value_scale, out=features[..., width:])
         count, partner = slots["count"].float().flatten(0, 1), slots["partner"].long().flatten(0, 1)
         projection = None
-        if rules.match_width is not None:
+        if rules.match_width is not None and rules.match_width < features.shape[2]:
             projection = random_directions(0, features.shape[2], rules.match_width, features.device)
         self.candidates = Candidates(
             features, count, partner, width, projection, rules.cost_by, rules.match_frames

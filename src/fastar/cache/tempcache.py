@@ -68,7 +68,7 @@ class TempCache(BudgetedPolicy):
             an exact search of their own; for the default similarity, slots of 16 bits and groups that each head makes
             for itself. Commits of several chunks (a prefill) are plain.
         match_width: numbers that a search for partners compares, a power of two, at least 16: the features along so
-            many random directions. None: all.
+            many random directions. None, or as many as there are: all.
         match_frames: newest frames of those that enter in which a search looks for partners. None: all.
         cost_by: what costs are of: all `features`, or those `searched` by, along the directions of `match_width`.
         layers_at_once: with `fused`, most layers whose plans are made together; more need more memory for the moment,
