@@ -236,6 +236,16 @@ def test_a_lora_of_the_command_line_is_recorded(composed: Compose, parts: Path, 
         roll_prompts(composed(*settings, f"lora={file}", "checkpoint=random"))
 
 
+def test_guidance_leads_away_from_a_negative_prompt(composed: Compose, tmp_path: Path) -> None:
+    """SkyReels-V2's: another prompt to avoid is another run; without guidance nothing is avoided."""
+    settings = ("frames=3", "data.count=1", "rollout.guidance=4")
+    for more in ((), ("negative_prompt=dog",), ("negative_prompt=dog", "rollout.guidance=null")):
+        roll_prompts(composed("rollout=diffusion_forcing", "rollout.timesteps.num_steps=3", *settings, *more))
+    found = [json.loads(path.read_text())["config"] for path in tmp_path.rglob("summary.json")]
+    assert sorted(str(config.get("negative_prompt")) for config in found) == ["", "None", "dog"]
+    assert len({path.read_bytes() for path in tmp_path.rglob("rollout.mp4")}) == 3
+
+
 # -- compared ----------------------------------------------------------------------------------------------------------
 
 

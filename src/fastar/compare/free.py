@@ -54,10 +54,7 @@ def free_run(
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
     memory, baseline = PeakMemory(session.device), baseline_of(run)
     memory.start()
-    rollout = session.start(
-        method, seeds, prompts=clips.prompts, timer=timer, recorders=[scorer.density], end_frame=clips.end,
-        image=session.image_of(clips),
-    )  # fmt: skip
+    rollout = session.start(method, seeds, timer=timer, recorders=[scorer.density], **session.told(clips))
     scorer.started(rollout)
     screen: Screen = session.screen(clips)
     latents = _begin(session, rollout, clips, run, timer)

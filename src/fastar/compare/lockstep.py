@@ -4,7 +4,6 @@ Interrupted, a run goes on after the chunks that it has denoised: commits are re
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +42,7 @@ def run_a(
     """
     dense = Method(name="dense")
     caches = {name: method.cache() for name, method in methods.items()}
-    given: dict[str, Any] = {
-        "prompts": clips.prompts, "end_frame": clips.end, "image": session.image_of(clips),
-    }  # fmt: skip
+    given = session.told(clips)
     teacher = session.start(dense, seeds, cache=TeeCache(dense.cache(), list(caches.values())), **given)
     students = {
         name: session.start(method, seeds, cache=caches[name], recorders=scorers[name].recorders, **given)
@@ -144,10 +141,7 @@ def run_b(
     save_every: int,
 ) -> None:
     """One method, whose commit passes read its own cache; arguments as in `run_a`."""
-    rollout = session.start(
-        method, seeds, prompts=clips.prompts, recorders=[scorer.density], end_frame=clips.end,
-        image=session.image_of(clips),
-    )  # fmt: skip
+    rollout = session.start(method, seeds, recorders=[scorer.density], **session.told(clips))
     scorer.started(rollout)
     denoised = Denoised(scorer.run, session, clips, trajectory, save_every)
     screen: Screen = session.screen(clips)

@@ -39,6 +39,7 @@ class PromptClips:
         frames: uint8 [B, F, H, W, 3], the given pixel frames, F = 0 without any.
         start: what they start from, on a backbone that reads an image: no frame is given then.
         images: sha256 of what encoded that.
+        negative: what guidance leads away from, and `avoided` in words.
     """
 
     entries: tuple[PromptEntry, ...]
@@ -49,6 +50,8 @@ class PromptClips:
     frames: Tensor
     start: ImageStart | None = None
     images: str | None = None
+    negative: Prompts | None = None
+    avoided: str | None = None
     actions: None = None
     truth: None = None
 
@@ -62,7 +65,7 @@ class PromptClips:
     def identity(self) -> dict[str, Any]:
         """What decides the videos, as far as the clips do: texts and beginnings, not the files that they came in."""
         return identity_of(
-            self.entries, self.encoder, self.images,
+            self.entries, self.encoder, self.images, self.avoided,
             generated=self.end - self.prefill, prefill=self.prefill,
         )  # fmt: skip
 
@@ -81,9 +84,19 @@ def read_set(data: DictConfig) -> PromptSet:
 
 
 def identity_of(
-    entries: Sequence[PromptEntry], encoder: str, images: str | None = None, *, generated: int, prefill: int
+    entries: Sequence[PromptEntry],
+    encoder: str,
+    images: str | None,
+    avoided: str | None,
+    *,
+    generated: int,
+    prefill: int,
 ) -> dict[str, Any]:
-    """What decides the videos of `entries`, as far as they do, encoded by encoders of sha256 `encoder` and `images`."""
+    """What decides the videos of `entries`, as far as they do, encoded by encoders of sha256 `encoder` and `images`.
+
+    `avoided` is the negative prompt, None without guidance.
+    """
+    more = {"image_encoder": images, "negative_prompt": avoided}
     starts = [None if entry.start is None else sha256_of(entry.start) for entry in entries]
     return {
         "prompts": [entry.text for entry in entries],
@@ -91,7 +104,12 @@ def identity_of(
         "starts": starts if any(starts) else None,
         "prefill_frames": prefill,
         "frames": generated,
-    } | ({} if images is None else {"image_encoder": images})
+    } | {name: value for name, value in more.items() if value is not None}
+
+
+def avoided_by(config: DictConfig) -> str | None:
+    """The negative prompt of a config, None unless its loop has guidance."""
+    return None if config.rollout.get("guidance") is None else config.negative_prompt
 
 
 def given_frames(
@@ -136,6 +154,7 @@ def prompt_clips(
     prefill: int | None,
     stride: int,
     images: ImageEncoder | None = None,
+    avoided: str | None = None,
 ) -> PromptClips:
     """Clips of `entries`, whose embeddings are read or made now.
 
@@ -146,6 +165,7 @@ def prompt_clips(
         prefill: latent frames that are given where an entry has a start; None: a chunk.
         stride: pixel frames of a latent frame.
         images: encodes what videos start from, for a backbone that reads it.
+        avoided: the negative prompt, for a loop with guidance.
 
     Raises:
         ValueError: as `given_frames`, or a video is too short.
@@ -163,6 +183,8 @@ def prompt_clips(
         torch.stack(beginnings),
         None if images is None else image_start([e.start for e in entries if e.start], images, backbone),
         None if images is None else images.sha256,
+        None if avoided is None else encoder.encode([avoided]),
+        avoided,
     )
 
 
@@ -185,6 +207,7 @@ def clips_of_seeds(config: DictConfig, session: Session, seeds: Sequence[int]) -
         prefill=config.prefill_frames or None,
         stride=session.stride,
         images=image_encoder_of(config.data, config.backbone),
+        avoided=avoided_by(config),
     )
     if clips.prefill != config.prefill_frames:
         raise ValueError(
@@ -194,8 +217,9 @@ def clips_of_seeds(config: DictConfig, session: Session, seeds: Sequence[int]) -
     return clips
 
 
-def set_identity(data: DictConfig, backbone: DictConfig) -> dict[str, Any]:
+def set_identity(config: DictConfig) -> dict[str, Any]:
     """What decides the clips of seeds: the file's content, which part of it, and the encoder; not where they lie."""
+    data = config.data
     found: dict[str, Any] = {
         "prompts": part_of_set(data).sha256[:16],
         "first": data.first,
@@ -203,8 +227,10 @@ def set_identity(data: DictConfig, backbone: DictConfig) -> dict[str, Any]:
     }
     if data.prompts.get("dimensions") is not None:
         found["dimensions"] = list(data.prompts.dimensions)
-    if (images := image_encoder_of(data, backbone)) is not None:
+    if (images := image_encoder_of(data, config.backbone)) is not None:
         found["image_encoder"] = images.sha256[:16]
+    if (avoided := avoided_by(config)) is not None:
+        found["negative_prompt"] = avoided
     return found
 
 

@@ -20,7 +20,14 @@ from rich.console import Console
 from fastar.compare import methods as method_nodes
 from fastar.compare.command import CAN_BE_PUT_RIGHT, check_writable, progress_bar, wide_console
 from fastar.compare.free import free_run
-from fastar.compare.prompt_clips import PromptClips, given_frames, identity_of, part_of_set, prompt_clips
+from fastar.compare.prompt_clips import (
+    PromptClips,
+    avoided_by,
+    given_frames,
+    identity_of,
+    part_of_set,
+    prompt_clips,
+)
 from fastar.compare.scores import Scorer
 from fastar.compare.session import Session, open_session
 from fastar.compare.single import one_method, run_arguments, store_of
@@ -66,7 +73,11 @@ def roll_prompts(config: DictConfig, record: JobRecord | None = None) -> Path:
     chosen = part_of_set(config.data)
     wanted = videos_of(chosen, config.seed, config.videos_per_prompt)
     encoder = instantiate(config.data.encoder)
-    encoder.prepare([entry.text for entry in chosen.entries])  # before the backbone takes its memory
+    avoided = avoided_by(config)
+    negative = [] if avoided is None else [avoided]
+    encoder.prepare(
+        [entry.text for entry in chosen.entries] + negative
+    )  # before the backbone takes its memory
     images = image_encoder_of(config.data, config.backbone)
     session = open_session(config)
     session.eyes()
@@ -76,7 +87,7 @@ def roll_prompts(config: DictConfig, record: JobRecord | None = None) -> Path:
     def arguments(video: Video) -> dict[str, Any]:
         given = given_frames([video.entry], session.backbone.config, **settings)
         known = None if images is None else images.sha256
-        clip = identity_of([video.entry], encoder.sha256, known, generated=generated, prefill=given)
+        clip = identity_of([video.entry], encoder.sha256, known, avoided, generated=generated, prefill=given)
         labels = {"prompt": video.entry.id, "prompts_sha256": chosen.sha256[:12]}
         return run_arguments(config, session, name, node, clip, video.seed, labels)
 
@@ -93,7 +104,13 @@ def roll_prompts(config: DictConfig, record: JobRecord | None = None) -> Path:
                     if not run.finished:
                         backbone, stride = session.backbone.config, session.stride
                         clips = prompt_clips(
-                            [video.entry], encoder, backbone, stride=stride, images=images, **settings
+                            [video.entry],
+                            encoder,
+                            backbone,
+                            stride=stride,
+                            images=images,
+                            avoided=avoided,
+                            **settings,
                         )
                         advance = partial(progress.advance, task)
                         _make(config, session, name, node, clips, video, run, advance=advance)

@@ -98,7 +98,7 @@ class ComparisonRuns:
         """What decides the clips, wherever the files they are made of lie."""
         config = self.config
         if config.source == SOURCE:
-            return set_identity(config.data, config.backbone)
+            return set_identity(config)
         data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
         if data.get("encoder"):
             data["encoder"] = checksum_of(data["encoder"]["folder"])

@@ -94,13 +94,13 @@ class Scorer:
         self._log(scores, chunk=start // self.session.chunk, frame=first)
 
     def cost(self, first: int, rollout: Rollout) -> None:
-        """Density, slots and bytes after the chunk at frame `first`; bytes are per video."""
+        """Density, slots and bytes after the chunk at frame `first`; bytes are per video, with guidance both caches."""
         cache, batch = rollout.state.cache, len(rollout.seeds)
         transformer = self.session.backbone.config.transformer
         slots = dense_slots(frames=rollout.next_frame, tokens_per_frame=self.tokens)
         dense = dense_bytes(
             frames=rollout.next_frame, tokens_per_frame=self.tokens, layers=transformer.num_layers,
-            batch=batch, heads=transformer.num_heads, head_dim=transformer.head_dim,
+            batch=cache.spec.batch, heads=transformer.num_heads, head_dim=transformer.head_dim,
         )  # fmt: skip
         values = {
             "cache_bytes": cache.bytes_used() / batch,

@@ -99,6 +99,15 @@ class Session:
         parts = frames.split(FRAMES_AT_ONCE if self.stride == 1 else frames.shape[1], dim=1)
         return torch.cat([self.eyes().encode(to_model_range(part.to(self.device))) for part in parts], 1)
 
+    def told(self, clips: AnyClips | PromptedClip) -> dict[str, Any]:
+        """What `start` takes of `clips`: prompts, the image they start from, and where they end."""
+        return {
+            "prompts": clips.prompts,
+            "negative": clips.negative if isinstance(clips, PromptClips) else None,
+            "image": self.image_of(clips),
+            "end_frame": clips.end,
+        }
+
     @torch.inference_mode()
     def image_of(self, clips: AnyClips | PromptedClip) -> ImageCondition | None:
         """What the backbone is told of the image that `clips` start from; None where they start from none.
@@ -124,6 +133,7 @@ class Session:
         seeds: Sequence[int],
         *,
         prompts: Prompts | None = None,
+        negative: Prompts | None = None,
         timer: PassTimer | None = None,
         recorders: Sequence = (),
         cache: CachePolicy | None = None,
@@ -137,6 +147,7 @@ class Session:
             loop=self.loop,
             seeds=seeds,
             prompts=prompts,
+            negative=negative,
             timer=timer,
             recorders=recorders,
             cache=cache,

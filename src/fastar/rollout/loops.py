@@ -25,6 +25,8 @@ class ChunkLoop:
             Euler steps along the velocity (models trained by plain flow matching).
         commit_noise: True noises the finished chunk to `commit_timestep` before it is cached (SkyReels-V2's
             addnoise_condition); False tells the model this level and shows it the clean chunk.
+        guidance: scale of classifier-free guidance: each pass is run with the prompt and with a negative one, which has
+            a cache of its own, and the velocity is the second's plus so many times the difference. None: without.
         window: what the published model attends to, as arguments of `fastar.cache.StockWindow`; a method may use it.
     """
 
@@ -33,6 +35,7 @@ class ChunkLoop:
     commit_timestep: float = 0.0
     renoise: bool = False
     commit_noise: bool = False
+    guidance: float | None = None
     window: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -41,6 +44,8 @@ class ChunkLoop:
             raise ValueError(f"timesteps must fall from 1000 and stay above 0, got {list(self.timesteps)}")
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames must be at least 1, got {self.chunk_frames}")
+        if self.guidance is not None and self.guidance < 0:
+            raise ValueError(f"guidance must not be negative, got {self.guidance}: null leaves it out")
         if self.commit_noise and not 0 < self.commit_timestep < 1000:
             raise ValueError(
                 f"commit_noise needs a commit_timestep within 0..1000, got {self.commit_timestep}"

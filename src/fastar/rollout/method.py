@@ -41,6 +41,7 @@ def start_rollout(
     loop: ChunkLoop,
     seeds: Sequence[int],
     prompts: Prompts | None = None,
+    negative: Prompts | None = None,
     timer: PassTimer | None = None,
     recorders: Sequence[Recorder] = (),
     cache: CachePolicy | None = None,
@@ -56,6 +57,7 @@ def start_rollout(
         loop: passes and noise levels.
         seeds: of the noise, one per video.
         prompts: one per video, for a backbone that reads text.
+        negative: one for all videos or each, for a loop with guidance.
         timer, recorders: measure passes and attention calls.
         cache: use this policy instead of a fresh one of `method` (protocol A shares caches).
         end_frame: where the videos end; see `Rollout`.
@@ -81,7 +83,7 @@ def start_rollout(
         num_layers=config.transformer.num_layers,
         num_heads=config.transformer.num_heads,
         head_dim=config.transformer.head_dim,
-        batch=len(seeds),
+        batch=len(seeds) * (1 if loop.guidance is None else 2),
         chunk_frames=loop.chunk_frames,
         compute_dtype=weight.dtype,
         device=torch.device(weight.device),
@@ -95,6 +97,7 @@ def start_rollout(
         seeds=seeds,
         latent_shape=(channels, rows, columns),
         prompts=prompts,
+        negative=negative,
         timer=timer,
         end_frame=end_frame,
         image=image,

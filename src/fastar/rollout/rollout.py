@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
@@ -41,6 +42,8 @@ class Rollout:
         prompts: what the videos shall show, one prompt each; None for a backbone that reads no text.
         timer: measures denoise and commit passes, or None.
         end_frame: where the video ends, so that loops with several chunks in flight begin none there; None: it goes on.
+        negative: what guidance leads away from, one prompt or one per video; exactly where the loop has guidance. The
+            state is then of twice as many sequences, those of `prompts` first. No part of `state_dict`.
         image: what the videos start from; None for a backbone that starts from noise alone. No part of `state_dict`.
         capture: run passes that repeat as CUDA graphs (`fastar.rollout.capture`). What `denoise` returns is then looked
             at for NaN in the commit alone.
@@ -58,6 +61,7 @@ class Rollout:
         seeds: Sequence[int],
         latent_shape: tuple[int, int, int],
         prompts: Prompts | None = None,
+        negative: Prompts | None = None,
         timer: PassTimer | None = None,
         end_frame: int | None = None,
         image: ImageCondition | None = None,
@@ -78,6 +82,7 @@ class Rollout:
         self.image = image
         self._picture: ProjectedTokens | None = None
         self._captured = CapturedPasses(transformer, state) if capture else None
+        self.negative = self._checked_negative(negative)
         self.use_prompts(prompts)
 
     def use_prompts(self, prompts: Prompts | None) -> None:
@@ -86,6 +91,11 @@ class Rollout:
         self.prompts = prompts
         dtype = self.transformer.patch_embedding.weight.dtype
         self._text = None if prompts is None else prompts.text(self.device, dtype)
+        if self._text is not None and self.negative is not None:
+            away = self.negative.text(self.device, dtype).expand(len(self.seeds), -1, -1)
+            longest = max(self._text.shape[1], away.shape[1])
+            both = [F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in (self._text, away)]
+            self._text = torch.cat(both)
         self._projected: ProjectedTokens | None = None
         self._remembered = {}  # it was about another prompt
         self.state.prompt_changed()
@@ -218,11 +228,15 @@ class Rollout:
 
     def run_pass(self, context: PassContext, latents: Tensor, actions: Tensor | None) -> Tensor:
         """One forward under `context`; the state commits only if its result is finite."""
+        latents = self._for_each(latents)
         if self._captured is not None:
-            return self._captured.run(
+            poses = self._poses(actions)
+            velocity = self._captured.run(
                 context, latents, self._prompt(), self._require_finite,
-                actions=actions, poses=self._poses(actions),
+                actions=None if actions is None else self._for_each(actions.to(self.device)),
+                poses=None if poses is None else self._for_each(poses),
             )  # fmt: skip
+            return self._guided(velocity)
         timesteps = torch.tensor([context.timesteps], device=self.device, dtype=torch.float32)
         self.state.begin_pass(context)
         try:
@@ -230,8 +244,8 @@ class Rollout:
                 latents.to(self.device),
                 timesteps.expand(latents.shape[0], -1),
                 attend=self.state.attend,
-                actions=None if actions is None else actions.to(self.device),
-                poses=self._poses(actions),
+                actions=None if actions is None else self._for_each(actions.to(self.device)),
+                poses=None if (poses := self._poses(actions)) is None else self._for_each(poses),
                 text=self._prompt(),
                 **self._seen(context),
             ).float()
@@ -241,7 +255,18 @@ class Rollout:
             self.state.abort_pass()
             raise
         self.state.end_pass()
-        return velocity
+        return self._guided(velocity)
+
+    def _for_each(self, told: Tensor) -> Tensor:
+        """What all videos [B, ...] are told, once more for the negative prompt."""
+        return told if self.negative is None else torch.cat([told, told])
+
+    def _guided(self, velocity: Tensor) -> Tensor:
+        """The velocity [B, ...] that the two of each video make."""
+        if self.loop.guidance is None:
+            return velocity
+        towards, away = velocity.chunk(2)
+        return torch.lerp(away, towards, self.loop.guidance)
 
     def _prompt(self) -> ProjectedTokens | None:
         """Keys and values of the prompt in every layer, projected once."""
@@ -255,7 +280,8 @@ class Rollout:
             return {}
         condition = self.image.known(context.first_frame, context.num_frames).to(self.device)
         if self._picture is None:
-            self._picture = self.transformer.project_image(self.image.tokens.to(self.device))
+            self._picture = self.transformer.project_image(self._for_each(self.image.tokens.to(self.device)))
+        condition = self._for_each(condition)
         return {"image": self._picture, "condition": condition}
 
     def follow(self, other: "Rollout") -> None:
@@ -301,6 +327,24 @@ class Rollout:
         self._advanced = None
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
+
+    def _checked_negative(self, negative: Prompts | None) -> Prompts | None:
+        if (self.loop.guidance is None) != (negative is None):
+            raise ValueError(
+                "guidance leads away from a negative prompt: pass one, an empty one will do"
+                if negative is None
+                else "this loop has no guidance: leave the negative prompt out, or set rollout.guidance"
+            )
+        width = self.transformer.config.text_dim
+        if negative is None:
+            return None
+        count, _, found = negative.embeddings.shape
+        if found != width or count not in (1, len(self.seeds)):
+            raise ValueError(
+                f"the negative prompt must be [1 or {len(self.seeds)}, tokens, {width}], got "
+                f"{list(negative.embeddings.shape)}"
+            )
+        return negative
 
     def _check_prompts(self, prompts: Prompts | None) -> None:
         width = self.transformer.config.text_dim
