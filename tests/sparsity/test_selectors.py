@@ -314,3 +314,21 @@ def test_layers_are_chosen_by_measured_recall() -> None:
 def test_unusable_settings_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         annsa(**options)
+
+
+@pytest.mark.parametrize("rebuild", ["chunk", "commit", "pass"])
+def test_which_passes_share_a_plan(request_for: Make, rebuild: str) -> None:
+    """Those of a chunk's denoising, and with `commit` the sparse commit, too; a chunk that follows has its own."""
+    selector = annsa(rebuild=rebuild, warmup_share=0.0, min_dense_steps=0, commit_dense=False)
+    commit = PassContext(
+        kind=PassKind.COMMIT, first_frame=denoise(0).first_frame, num_frames=1, timesteps=(0.0,)
+    )
+    first, second, last = (
+        selector.plan(dataclasses.replace(request_for(), context=context))
+        for context in (denoise(0), denoise(1), commit)
+    )
+    assert first is not None and last is not None
+    assert (second is first) == (rebuild != "pass")
+    assert (last is first) == (rebuild == "commit")
+    selector.forget(1)
+    assert selector.standing(0, commit, first.num_queries, first.num_keys) is None

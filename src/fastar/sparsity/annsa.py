@@ -18,7 +18,6 @@ from fastar.engines.plan import BlockPlan
 from fastar.sparsity.base import (
     ChunkMemo,
     MatchSpace,
-    Rebuild,
     ScheduleOptions,
     Selector,
     SelectRequest,
@@ -55,7 +54,8 @@ class AnnSA(Selector):
         block_q, block_k: tokens per block. The defaults suit a few hundred queries a chunk (the Doom model
             has 192 queries against 9,216 cached keys); at 128 a block of so few queries reads nearly every
             bucket and nothing is sparse. For thousands of queries on a GPU use 64 or 128.
-        rebuild: plan once a `chunk`, at its first sparse pass, and reuse the plan; or anew in every `pass`.
+        rebuild: plan once a `chunk`, at its first sparse pass, and reuse the plan, in passes up to the `commit`, too
+            (if commits are sparse; by a plan of their own otherwise); or anew in every `pass`.
         layers, warmup_share, min_dense_steps, commit_dense: see `Scheduled`.
     """
 
@@ -70,7 +70,7 @@ class AnnSA(Selector):
         rank: Rank = "shared",
         block_q: int = 16,
         block_k: int = 32,
-        rebuild: Rebuild = "chunk",
+        rebuild: Literal["pass", "chunk", "commit"] = "chunk",
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
         super().__init__(**schedule)
@@ -79,7 +79,7 @@ class AnnSA(Selector):
         check_choice("source", source, ("content", "prompt"))
         check_choice("match_space", match_space, ("roped", "raw"))
         check_choice("rank", rank, ("shared", "centroid"))
-        check_choice("rebuild", rebuild, ("pass", "chunk"))
+        check_choice("rebuild", rebuild, ("pass", "chunk", "commit"))
         if source == "content" and bucketizer is None:
             raise ValueError(
                 "AnnSA with content buckets needs a bucketizer: choose lsh, quantized, kmeans or random"
@@ -89,7 +89,7 @@ class AnnSA(Selector):
         self.wants_tags = source == "prompt"
         self.block_q, self.block_k, self.rebuild = block_q, block_k, rebuild
         self.blocks, self.tags_in_blocks = None if density == 1 else (block_q, block_k), density is None
-        self.keeps_plans = rebuild == "chunk"
+        self.keeps_plans = rebuild != "pass"
         self._memo: ChunkMemo[BlockPlan] = ChunkMemo()
 
     def forget(self, next_frame: int) -> None:
@@ -99,7 +99,10 @@ class AnnSA(Selector):
         """The chunk's plan, if an earlier pass made it and this one is sparse."""
         if not self.keeps_plans or self.is_dense(layer, context):
             return None
-        return self._memo.get(layer, context, num_queries, num_keys)
+        sizes = (num_queries, num_keys)
+        if context.commits and self.rebuild == "commit":
+            return self._memo.denoised(layer, context, *sizes)
+        return self._memo.get(layer, context, *sizes)
 
     def select(self, request: SelectRequest) -> BlockPlan | None:
         """The block plan of a call that the schedule makes sparse; None if the density target is 1.

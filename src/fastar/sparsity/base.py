@@ -198,6 +198,11 @@ class ChunkMemo(Generic[Built]):
             return None  # the same step again means that the chunk was started over
         return entry[2]
 
+    def denoised(self, layer: int, context: PassContext, *sizes: int) -> Built | None:
+        """What a denoising step of this chunk stored, for a pass that commits it, or None."""
+        entry = self._entries.get((layer, context.first_frame))
+        return entry[2] if entry is not None and entry[0] == (PassKind.DENOISE, *sizes) else None
+
     def put(self, layer: int, context: PassContext, *sizes: int, built: Built) -> None:
         """Replace the entry of layer and chunk."""
         self._entries[layer, context.first_frame] = ((context.kind, *sizes), context.step, built)
