@@ -320,12 +320,10 @@ def test_unusable_settings_are_refused(options: dict[str, object], message: str)
 def test_which_passes_share_a_plan(request_for: Make, rebuild: str) -> None:
     """Those of a chunk's denoising, and with `commit` the sparse commit, too; a chunk that follows has its own."""
     selector = annsa(rebuild=rebuild, warmup_share=0.0, min_dense_steps=0, commit_dense=False)
-    commit = PassContext(
-        kind=PassKind.COMMIT, first_frame=denoise(0).first_frame, num_frames=1, timesteps=(0.0,)
-    )
+    commit = PassContext(kind=PassKind.COMMIT, first_frame=8, num_frames=4, timesteps=(0.0,) * 4)
     first, second, last = (
         selector.plan(dataclasses.replace(request_for(), context=context))
-        for context in (denoise(0), denoise(1), commit)
+        for context in (denoise(0, 4), denoise(1, 4), commit)
     )
     assert first is not None and last is not None
     assert (second is first) == (rebuild != "pass")
