@@ -260,13 +260,12 @@ class AttentionState:
             targets, q_order = ordered.current, ordered.plan.query_order
         Placement(q_raw, k_raw, v, self._require_places().turns, q, *targets, q_order=q_order).run()
         if context.commits:
-            current_k = current_k[..., : working.head_dim]
             self.cache.stage(
                 layer,
                 Staged(
                     q_raw=q_raw,
                     k_raw=k_raw,
-                    k=current_k,
+                    k=current_k[..., : working.head_dim],
                     v=current_v,
                     positions=self._require_places().positions,
                     q=q[..., : working.head_dim],

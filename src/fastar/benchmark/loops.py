@@ -72,8 +72,9 @@ class Given:
 def run_loops(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     """The mode `loops`: rows backbone, loop, method, budget, and what was measured or the reason why nothing was.
 
-    fps counts video frames of denoising and commits by wall time, in the chunks after the first: their sum, and as the
-    median chunk goes. Bytes that were allocated at most count the weights. `finite` says whether the latents stayed so.
+    Of the chunks after the first: `fps` is video frames a second of denoising and commits, `fps_end_to_end` of wall
+    time, `fps_median` that of the median chunk. Bytes that were allocated at most count the weights. `finite` says
+    whether the latents stayed so.
 
     Raises:
         ValueError: a loop that is not in conf/rollout, or no method.

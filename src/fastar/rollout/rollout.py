@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
@@ -15,6 +14,7 @@ from fastar.backbones.prompts import Prompts
 from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedTokens
 from fastar.rollout.capture import CapturedPasses
 from fastar.rollout.flight import InFlight
+from fastar.rollout.guidance import guidance_of
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import chunk_noise
 
@@ -82,7 +82,9 @@ class Rollout:
         self.image = image
         self._picture: ProjectedTokens | None = None
         self._captured = CapturedPasses(transformer, state) if capture else None
-        self.negative = self._checked_negative(negative)
+        self.guidance = guidance_of(
+            loop.guidance, negative, width=transformer.config.text_dim, videos=len(self.seeds)
+        )
         self.use_prompts(prompts)
 
     def use_prompts(self, prompts: Prompts | None) -> None:
@@ -91,11 +93,8 @@ class Rollout:
         self.prompts = prompts
         dtype = self.transformer.patch_embedding.weight.dtype
         self._text = None if prompts is None else prompts.text(self.device, dtype)
-        if self._text is not None and self.negative is not None:
-            away = self.negative.text(self.device, dtype).expand(len(self.seeds), -1, -1)
-            longest = max(self._text.shape[1], away.shape[1])
-            both = [F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in (self._text, away)]
-            self._text = torch.cat(both)
+        if self._text is not None and self.guidance is not None:
+            self._text = self.guidance.texts(self._text)
         self._projected: ProjectedTokens | None = None
         self._remembered = {}  # it was about another prompt
         self.state.prompt_changed()
@@ -236,7 +235,7 @@ class Rollout:
                 actions=None if actions is None else self._for_each(actions.to(self.device)),
                 poses=None if poses is None else self._for_each(poses),
             )  # fmt: skip
-            return self._guided(velocity)
+            return velocity if self.guidance is None else self.guidance.mixed(velocity)
         timesteps = torch.tensor([context.timesteps], device=self.device, dtype=torch.float32)
         self.state.begin_pass(context)
         try:
@@ -255,18 +254,11 @@ class Rollout:
             self.state.abort_pass()
             raise
         self.state.end_pass()
-        return self._guided(velocity)
+        return velocity if self.guidance is None else self.guidance.mixed(velocity)
 
     def _for_each(self, told: Tensor) -> Tensor:
         """What all videos [B, ...] are told, once more for the negative prompt."""
-        return told if self.negative is None else torch.cat([told, told])
-
-    def _guided(self, velocity: Tensor) -> Tensor:
-        """The velocity [B, ...] that the two of each video make."""
-        if self.loop.guidance is None:
-            return velocity
-        towards, away = velocity.chunk(2)
-        return torch.lerp(away, towards, self.loop.guidance)
+        return told if self.guidance is None else torch.cat([told, told])
 
     def _prompt(self) -> ProjectedTokens | None:
         """Keys and values of the prompt in every layer, projected once."""
@@ -327,24 +319,6 @@ class Rollout:
         self._advanced = None
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
-
-    def _checked_negative(self, negative: Prompts | None) -> Prompts | None:
-        if (self.loop.guidance is None) != (negative is None):
-            raise ValueError(
-                "guidance leads away from a negative prompt: pass one, an empty one will do"
-                if negative is None
-                else "this loop has no guidance: leave the negative prompt out, or set rollout.guidance"
-            )
-        width = self.transformer.config.text_dim
-        if negative is None:
-            return None
-        count, _, found = negative.embeddings.shape
-        if found != width or count not in (1, len(self.seeds)):
-            raise ValueError(
-                f"the negative prompt must be [1 or {len(self.seeds)}, tokens, {width}], got "
-                f"{list(negative.embeddings.shape)}"
-            )
-        return negative
 
     def _check_prompts(self, prompts: Prompts | None) -> None:
         width = self.transformer.config.text_dim
