@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -55,7 +56,8 @@ def panels(
 def publish(figure: Figure, name: str) -> Picture:
     """Write `name`.png and `name`.pdf into `FIGURES`."""
     FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes every time
+    with rc_context({"pdf.fonttype": 42}):  # TrueType: smaller, and text that can be edited
+        figure.savefig(FIGURES / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes every time
     save_figure(figure, FIGURES / f"{name}.png")
     return Picture(FIGURES / f"{name}.png")
 
