@@ -1,6 +1,6 @@
-"""Rebuild the figures of analysis/: run its notebooks, each in a kernel of its own. `make figures` does it.
+"""Rebuild the figures and tables of analysis/: run its notebooks, each in a kernel of its own. `make figures` does it.
 
-    python scripts/figures.py            # run all; writes analysis/figures/*.png and *.pdf
+    python scripts/figures.py            # run all; writes analysis/figures/*.png and *.pdf, analysis/tables/*.md
     python scripts/figures.py --pair     # after a change to a .py: write its .ipynb anew
 
 A notebook is a .py in percent format and an .ipynb of the same cells, without outputs; people edit the .py. Needs the
@@ -42,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--pair", action="store_true", help="write the .ipynb of every .py")
     arguments = parser.parse_args()
-    for script in sorted(ANALYSIS.glob("figure_*.py")):
+    for script in sorted([*ANALYSIS.glob("figure_*.py"), *ANALYSIS.glob("table_*.py")]):
         if arguments.pair:
             pair(script)
         else:

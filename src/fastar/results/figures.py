@@ -1,9 +1,10 @@
-"""What the notebooks of analysis/ share: where results and figures are, panels, one line on how runs were made."""
+"""What the notebooks of analysis/ share: where results, figures and tables are, panels, how runs were made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -12,7 +13,7 @@ from fastar.results.loading import load_runs
 from fastar.results.plots import save_figure
 
 ANALYSIS = Path(__file__).resolve().parents[3] / "analysis"
-RESULTS, FIGURES = ANALYSIS / "results", ANALYSIS / "figures"
+RESULTS, FIGURES, TABLES = ANALYSIS / "results", ANALYSIS / "figures", ANALYSIS / "tables"
 PAPER = "#8C8C8C"
 """Grey: what the paper reports, of other models and other data."""
 
@@ -27,11 +28,21 @@ class Picture:
         return self.path.read_bytes()
 
 
+@dataclass(frozen=True)
+class Page:
+    """A published page of tables; notebooks show it."""
+
+    path: Path
+
+    def _repr_markdown_(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+
 def panels(
     rows: int, columns: int, *, width: float = 3.3, height: float = 2.9
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure of `rows` x `columns` panels of so many inches each; no pyplot, nothing global."""
-    figure = Figure(figsize=(width * columns, height * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
@@ -45,9 +56,19 @@ def panels(
 def publish(figure: Figure, name: str) -> Picture:
     """Write `name`.png and `name`.pdf into `FIGURES`."""
     FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes every time
+    with rc_context({"pdf.fonttype": 42}):  # TrueType: smaller, and text that can be edited
+        figure.savefig(FIGURES / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes every time
     save_figure(figure, FIGURES / f"{name}.png")
     return Picture(FIGURES / f"{name}.png")
+
+
+def publish_page(name: str, *parts: str) -> Page:
+    """Write `name`.md into `TABLES`, paragraphs and tables as given, an empty line between them."""
+    TABLES.mkdir(parents=True, exist_ok=True)
+    (TABLES / f"{name}.md").write_text(
+        "\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8"
+    )
+    return Page(TABLES / f"{name}.md")
 
 
 def made_of(pattern: str | Path | Sequence[str | Path]) -> str:
