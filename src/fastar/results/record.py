@@ -1,5 +1,6 @@
 """Runs that a table or figure rests on, copied to where they are kept: settings and numbers, no videos, no states."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def record_runs(
                 with atomic(copy / name) as part:
                     if name == TABLE and not (timings and curves):
                         write_table(_leaner(pq.read_table(run / name), timings, curves), part)
+                    elif name == SUMMARY:  # hundreds of them: without white space they take two thirds
+                        part.write_text(json.dumps(summary, separators=(",", ":")) + "\n")
                     else:
                         shutil.copyfile(run / name, part)
     if not copies:
