@@ -110,6 +110,19 @@ def test_the_bits_are_those_of_plain_passes(
         assert same, key
 
 
+@pytest.mark.parametrize("rebuild", ["chunk", "commit"])
+def test_sparse_commits_of_keys_that_carry_their_log_counts(rebuild: str, reader: Backbone) -> None:
+    """What is staged is as wide as a head, whatever lies in memory."""
+    make = partial(
+        AnnSA, bucketizer=KMeansBucketizer(clusters=8), commit_dense=False, rebuild=rebuild, **SCHEDULE
+    )
+    carried, beside = (
+        video(rollout_of(reader, POLICIES["tempcache"], make, capture=False, engine=engine), 8 * CHUNK)
+        for engine in ("augmented", "sdpa")
+    )
+    assert torch.allclose(carried, beside, atol=1e-4)
+
+
 def test_actions_are_read_anew_in_every_pass(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
         monkeypatch.setattr(capture, "Graphs", OnCpu)
