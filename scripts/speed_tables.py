@@ -1,0 +1,168 @@
+"""Markdown tables of the speed that is recorded in analysis/results/speed, which documents include.
+
+    python scripts/speed_tables.py && python scripts/include.py analysis/README.md
+
+Fidelity beside the speed of a budget is that of runs in analysis/results/speed_fidelity, at the same share of dense's
+bytes: a budget of b latent frames is b / 84 there.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastar.results.figures import RESULTS
+from fastar.results.loading import load
+
+SPEED, FIDELITY = RESULTS / "speed", RESULTS / "speed_fidelity"
+HISTORY = 84  # latent frames that a budget is a share of
+Row = dict[str, Any]
+
+
+def rows_of(name: str) -> list[Row]:
+    """Rows of a record."""
+    return list(json.loads((SPEED / f"{name}.json").read_text())["rows"])
+
+
+def write(name: str, lines: Iterable[dict[str, str]], note: str) -> None:
+    """Write one table; `note` stands below it."""
+    lines = list(lines)
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    table = ["| " + " | ".join(columns) + " |", "| :-- " + "| --: " * (len(columns) - 1) + "|"]
+    table += ["| " + " | ".join(line.get(column, "–") for column in columns) + " |" for line in lines]
+    (SPEED / f"{name}.md").write_text("\n".join(table) + f"\n\n{note}\n")
+
+
+def made_on(name: str) -> str:
+    """Machine, torch and day of a record."""
+    card = json.loads((SPEED / f"{name}.json").read_text())["card"]
+    return f"{card['device']}, torch {card['torch']}, {card.get('day', '2026-11-26')}, {card.get('dtype', 'bfloat16')}"
+
+
+def engines() -> None:
+    """Engines by call and number of keys."""
+    rows = [row for row in rows_of("engines") if row["engine"] != "fa4"] + rows_of("engines_fa4")
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["reason"] is not None or row["engine"] == "packed int4":  # its kernel is another since
+            continue
+        call = row["kind"] + (f", density {row['density']:.2f}" if row["density"] < 0.99 else "")
+        line = lines.setdefault((row["engine"], call), {"engine": row["engine"], "call": call})
+        own = f" ({row['of_dense']:.2f})" if row["of_dense"] and row["kind"] != "dense" else ""
+        line[f"{row['keys']:,} keys: ms"] = f"{row['ms']:.2f}"
+        line[f"{row['keys']:,} keys: TFLOP/s"] = f"{row['tflops']:.0f}{own}"
+    order = ["fa4", "cudnn", "sdpa", "packed int8"]
+    ordered = sorted(lines.values(), key=lambda line: order.index(line["engine"]))
+    note = "4,680 queries, 12 heads of 128; in brackets the share of the same engine's dense rate. "
+    write("engines", ordered, note + made_on("engines_fa4") + ".")
+
+
+def budgets() -> None:
+    """Whole rollouts by method and budget, with what the budget costs where that is measured."""
+    rows = rows_of("rollout") + [row for row in rows_of("rollout_more") if row.get("method") != "stock"]
+    costs, lines = fidelity(), []
+    for row in rows:
+        if "fps_commit" not in row or "budget" not in row or row.get("reason"):
+            continue
+        line = {
+            "method": row["method"],
+            "budget": "–" if row.get("budget") is None else f"{row['budget']:g}",
+            "frames/s, denoise": f"{row['fps_denoise']:.1f}",
+            "+ commit": f"{row['fps_commit']:.1f}",
+            "over stock": f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+            "over dense": f"{row['over_dense']:.1f}" if "over_dense" in row else "–",
+            "chunk p50 / p99 (ms)": f"{1e3 * row['latency_p50']:.0f} / {1e3 * row['latency_p99']:.0f}",
+            "pass over its floor": f"{row['over_floor']:.2f}",
+            "peak (GiB)": f"{row['peak_allocated'] / 2**30:.1f}",
+        }
+        lines.append(line | costs.get((row["method"], line["budget"]), {}))
+    note = (
+        "Video frames a second in the steady state, denoising and commits, no decoding; Wan2.1-1.3B at 480x832, random "
+        "weights, cache contents from recorded motion; fused, captured. Recall and error: Doom backbone, protocol A, the "
+        "same share of dense's bytes. "
+    )
+    write("budgets", lines, note + made_on("rollout") + ".")
+
+
+def fidelity() -> dict[tuple[str, str], dict[str, str]]:
+    """Attention recall and output error by method and budget."""
+    if not FIDELITY.exists():
+        return {}
+    data, found = load(FIDELITY / "*"), {}
+    for (method, share), part in data.groupby(["method", "budget_share"]):
+        means = part.groupby("metric")["value"].mean()
+        if "recall" in means:
+            budget = f"{float(f'{share * HISTORY:.2g}'):g}"
+            found[str(method), budget] = {
+                "recall": f"{means['recall']:.3f}",
+                "output error": f"{means['output_error']:.3f}",
+            }
+    return found
+
+
+def fp8() -> None:
+    """The same with 8-bit linears."""
+    lines = [
+        {
+            "method": row["method"],
+            "budget": "–" if row.get("budget") is None else f"{row['budget']:g}",
+            "frames/s": f"{row['fps_commit']:.1f}",
+            "over stock": f"{row['ratio']:.2f}",
+            "pass (ms)": f"{row['pass_ms']:.1f}",
+        }
+        for row in rows_of("rollout_fp8")
+        if "fps_commit" in row and "budget" in row and not row.get("reason")
+    ]
+    write("fp8", lines, "Linears in e4m3, everything as above. " + made_on("rollout_fp8") + ".")
+
+
+def commits() -> None:
+    """Steps of a TempCache commit, all layers."""
+    lines = []
+    for text in (SPEED / "commit.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        steps = ("moment", "features", "match", "merge", "renew", "edit", "graph")
+        lines.append(
+            {"setting": row["setting"], "budget": f"{row['budget_frames']:g}"}
+            | {("all, captured" if step == "graph" else step): f"{row[step]:.1f}" for step in steps}
+        )
+    note = "ms for 30 layers; contents are stand-ins (slowly changing tokens), for timing alone. "
+    write("commit", lines, note + made_on("rollout") + ".")
+
+
+def loops() -> None:
+    """Every loop with the methods that were run on it: frames a second and peak memory."""
+    names = ("loops", "loops_skyreels", "loops_matrix_game_2", "loops_wan_14b")
+    lines = [
+        {
+            "backbone": row["backbone"],
+            "loop": row["loop"],
+            "method": row["method"],
+            "frames/s": f"{row['fps']:.1f}" if not row.get("reason") else "–",
+            "peak (GiB)": f"{row['peak_allocated'] / 2**30:.1f}" if not row.get("reason") else "–",
+            "note": row.get("reason") or "",
+        }
+        for name in names
+        for row in rows_of(name)
+        if "loop" in row
+    ]
+    write("loops", lines, "Random weights and noise, 21 latent frames, not captured. " + made_on("loops") + ".")
+
+
+def parts() -> None:
+    """Where a chunk's time goes, by profile."""
+    rows = [row for row in rows_of("modules") if row.get("how") == "profile" and row.get("ms") is not None]
+    lines: dict[tuple[str, float | None], dict[str, str]] = {}
+    for row in rows:
+        budget = row["budget"]
+        line = lines.setdefault(
+            (row["method"], budget),
+            {"method": row["method"], "budget": "–" if budget is None else f"{budget:g}"},
+        )
+        line[row["part"]] = f"{row['ms']:.1f}"
+    write("parts", lines.values(), "ms of a captured chunk by kind of kernel. " + made_on("modules") + ".")
+
+
+if __name__ == "__main__":
+    for make in (engines, budgets, fp8, commits, loops, parts):
+        make()
