@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -18,6 +19,8 @@ from fastar.cache.middle import MatchSpace
 from fastar.cache.policy import Prepared, SlotOptions, SlotPolicy
 from fastar.cache.slots import Slots, take, unpack_positions
 from fastar.cache.threshold_errors import ErrorKind, ErrorRule, ThresholdErrors
+
+log = logging.getLogger(__name__)
 
 
 class TempCachePaper(SlotPolicy):
@@ -36,7 +39,7 @@ class TempCachePaper(SlotPolicy):
         threshold: least similarity of a merge; the paper's figure 10a sweeps 0.9 to 0.5.
         error_target: instead of a threshold: the largest relative error of attention's output that merges may cause on
             the clips of the measurement; every layer gets a threshold of its own.
-        threshold_errors: that measurement, or its file; None uses `threshold` in all layers.
+        threshold_errors: that measurement, or its file; None uses `threshold` in all layers, with a warning.
         error_rule, error_kind: what keeps to the target, see `ThresholdErrors.choose`.
         similarity: of the two keys; cosine, centred (cosine about the mean previous key) or dot (a logit).
         match_by: find the correspondent with the token's `query` (the paper) or with its `key`.
@@ -102,6 +105,8 @@ class TempCachePaper(SlotPolicy):
     def _choose_thresholds(self, layers: int) -> list[float]:
         known = self.threshold_errors
         if self.error_target is None or known is None:
+            if self.error_target is not None:
+                log.warning("threshold_errors=null: all layers merge from %s on", self.threshold)
             return [self.threshold] * layers
         errors = ThresholdErrors.load(known) if isinstance(known, str | Path) else known
         if errors.num_layers != layers:

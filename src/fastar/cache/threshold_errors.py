@@ -40,6 +40,7 @@ class Option(NamedTuple):
 
 
 NO_MERGE = Option(math.inf, 0.0, 1.0)
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def _cheapest(offered: Sequence[Sequence[Option]], left: float) -> list[Option]:
             now = chosen[layer]
             for option in options:
                 price, gain = option.error - now.error, now.slots - option.slots
-                if price <= left and gain > 0:
-                    steps.append((gain / max(price, 1e-9), -layer, option))
+                if price <= left + ROUNDING and gain > 0:
+                    steps.append((gain / max(price, ROUNDING), -layer, option))
         if not steps:
             return chosen
         _, layer, option = max(steps)
