@@ -62,3 +62,6 @@ def test_other_weights_and_wrong_settings_are_refused(
     for wrong in ("frames=18", "frames=4", "looks=0"):
         with pytest.raises(ValueError, match="must be a whole number of 4-frame chunks, at least two"):
             measured(tmp_path, monkeypatch, wrong)
+    for wrong in ("thresholds=[0.5,0.5]", "thresholds=[]", "cache=window"):
+        with pytest.raises(ValueError, match="must be different numbers, and the cache one that merges"):
+            measured(tmp_path, monkeypatch, wrong)

@@ -139,6 +139,11 @@ def calibrate_thresholds(config: DictConfig) -> ThresholdErrors:
             f"looks={config.looks} at least 1"
         )
     thresholds = sorted(config.thresholds)
+    if "threshold" not in config.cache or not thresholds or len(set(thresholds)) < len(thresholds):
+        raise ValueError(
+            f"thresholds={thresholds} must be different numbers, and the cache one that merges by a threshold: "
+            "cache=tempcache_paper"
+        )
     merging = Merging(
         session,
         lambda threshold: instantiate(config.cache, threshold=threshold),
