@@ -12,7 +12,7 @@ def rows_of(points: dict[tuple[str, float, int], tuple[float, float]]) -> pd.Dat
     """Tidy rows of (method, point, seed) -> (slots, error)."""
     return pd.DataFrame(
         [
-            {"method": method, "point": point, "seed": seed, "metric": metric, "value": value}
+            {"method": method, "point": point, "seed": seed, "clip": None, "metric": metric, "value": value}
             for (method, point, seed), values in points.items()
             for metric, value in zip(("slots", "error"), values, strict=True)
         ]

@@ -4,41 +4,44 @@ import numpy as np
 import pandas as pd
 
 from fastar.metrics.bootstrap import interval
-from fastar.results.tables import NOTHING
+from fastar.results.tables import NOTHING, UNITS
 
 
 def differences_at_equal_cost(
     rows: pd.DataFrame, *, baseline: str, cost: str, metric: str, line: str = "method", point: str = "point"
 ) -> pd.DataFrame:
-    """Paired differences to what the line `baseline` would have at the same cost: interpolated, seed by seed.
+    """Paired differences to what the line `baseline` would have at the same cost: interpolated, clip by clip.
 
-    A point outside the costs that the baseline covers with that seed is left out: nothing is extrapolated.
+    A point outside the costs that the baseline covers with that clip is left out: nothing is extrapolated. Both metrics
+    have to be logged of the same clips.
 
     Args:
         rows: what `fastar.results.load` returns, with a column `point` that tells the points of a line apart.
         baseline: of the column `line`.
-        cost, metric: names of metrics; the mean over what is logged of a seed counts.
+        cost, metric: names of metrics; the mean over what is logged of a clip counts.
 
     Returns:
-        Columns of line and point, then cost (mean over seeds), mean, low, high (of the difference, 95 % interval over
-        seeds), n, missing (seeds that were left out).
+        Columns of line and point, then cost (mean over clips), mean, low, high (of the difference, 95 % interval over
+        clips), n, missing (clips that were left out).
 
     Raises:
         ValueError: the baseline has fewer than two points.
     """
-    keys = [line, point, "seed"]
-    chosen = rows[rows["metric"].isin([cost, metric])]
-    wide = chosen.pivot_table(index=keys, columns="metric", values="value", aggfunc="mean").dropna()
+    units = list(UNITS)
+    chosen = rows[rows["metric"].isin([cost, metric])].assign(clip=rows["clip"].fillna(0))
+    wide = chosen.pivot_table(
+        index=[line, point, *units], columns="metric", values="value", aggfunc="mean"
+    ).dropna()
     known = wide.xs(baseline, level=line) if baseline in wide.index.get_level_values(line) else wide.iloc[:0]
-    curves = {seed: curve.sort_values(cost) for seed, curve in known.groupby("seed")}
+    curves = {clip: curve.sort_values(cost) for clip, curve in known.groupby(units)}
     if not curves or min(map(len, curves.values())) < 2:
-        raise ValueError(f"the line {baseline!r} needs two points or more of every seed to be interpolated")
+        raise ValueError(f"the line {baseline!r} needs two points or more of every clip to be interpolated")
     records = []
     for (name, label), found in wide.drop(baseline, level=line).groupby([line, point], sort=False):
         gaps = [
-            value - np.interp(spent, curves[seed][cost], curves[seed][metric], left=np.nan, right=np.nan)
-            for (_, _, seed), spent, value in found[[cost, metric]].itertuples(name=None)
-            if seed in curves
+            value - np.interp(spent, curves[clip][cost], curves[clip][metric], left=np.nan, right=np.nan)
+            for (_, _, *unit), spent, value in found[[cost, metric]].itertuples(name=None)
+            if (clip := tuple(unit)) in curves
         ]
         inside = [gap for gap in gaps if not np.isnan(gap)]
         stats = interval(inside) if inside else NOTHING
