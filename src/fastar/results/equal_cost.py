@@ -25,7 +25,7 @@ def differences_at_equal_cost(
         clips), n, missing (clips that were left out).
 
     Raises:
-        ValueError: the baseline has fewer than two points.
+        ValueError: the baseline has no two points of any clip.
     """
     units = list(UNITS)
     chosen = rows[rows["metric"].isin([cost, metric])].assign(clip=rows["clip"].fillna(0))
@@ -33,9 +33,9 @@ def differences_at_equal_cost(
         index=[line, point, *units], columns="metric", values="value", aggfunc="mean"
     ).dropna()
     known = wide.xs(baseline, level=line) if baseline in wide.index.get_level_values(line) else wide.iloc[:0]
-    curves = {clip: curve.sort_values(cost) for clip, curve in known.groupby(units)}
-    if not curves or min(map(len, curves.values())) < 2:
-        raise ValueError(f"the line {baseline!r} needs two points or more of every clip to be interpolated")
+    curves = {clip: curve.sort_values(cost) for clip, curve in known.groupby(units) if len(curve) > 1}
+    if not curves:
+        raise ValueError(f"the line {baseline!r} needs two points or more of a clip to be interpolated")
     records = []
     for (name, label), found in wide.drop(baseline, level=line).groupby([line, point], sort=False):
         gaps = [
