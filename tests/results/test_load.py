@@ -11,6 +11,7 @@ import pytest
 
 from fastar.results import RunStore, load, load_runs
 from fastar.results.plots import plot_curves, plot_frontier
+from fastar.results.record import record_runs
 from fastar.results.rows import to_table
 from fastar.results.tables import differences, failures, pivot, spread, to_markdown, to_rich
 
@@ -162,3 +163,21 @@ def test_plots_are_pictures(compared: pd.DataFrame, tmp_path: Path) -> None:
         assert len(set(Image.open(path).convert("RGB").get_flattened_data())) > 20
     with pytest.raises(ValueError, match="no rows of fps"):
         plot_curves(compared, "fps", tmp_path / "x.png")
+
+
+def test_runs_of_single_seeds_are_recorded_as_one_of_several_clips(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "outputs", "sweep")
+    for method in ("one", "two"):
+        for seed in (3, 1):
+            labels = {"method": method}
+            with store.open({"m": method}, seed=seed, checkpoint_sha256="abc", labels=labels) as run:
+                run.log({"psnr": 10 * seed + len(method)}, chunk=0, frame=4)
+    kept = record_runs(tmp_path / "outputs", tmp_path / "kept", together=True)
+    assert len(kept) == 2 and {path.name for path in (tmp_path / "kept").iterdir()} == {p.name for p in kept}
+    apart, rows = load(tmp_path / "outputs"), load(tmp_path / "kept")
+    assert set(rows["seed"]) == {(1, 3)} and sorted(rows["value"]) == sorted(apart["value"])
+    first = rows[(rows["method"] == "one") & (rows["clip"] == 0)]
+    assert first["value"].tolist() == [13.0] and first["frame"].tolist() == [4]
+    pd.testing.assert_frame_equal(spread(rows), spread(apart), check_like=True)
+    again = record_runs(tmp_path / "outputs", tmp_path / "kept", together=True)
+    assert sorted(again) == sorted(kept) and len(load(tmp_path / "kept")) == len(rows)

@@ -164,7 +164,7 @@ def test_annca_drops_prompt_tokens_on_the_text_stream(backbone: Backbone, name: 
 # -- a change of prompts in mid-rollout ----------------------------------------------------------------------------
 
 CACHES = configs("cache")
-REFUSES = {"tempcache_paper"}
+REFUSES = {"tempcache_paper", "tempcache_paper_error"}
 """Caches that merge frames as they arrive and keep none apart."""
 FORGETS_NOTHING_ELSE = {"dense", "empty", "stock"}
 """Caches of which any number of frames can be taken back."""

@@ -10,6 +10,7 @@ from fastar.cache.random import RandomCache
 from fastar.cache.stock import StockWindow
 from fastar.cache.tempcache import TempCache
 from fastar.cache.tempcache_paper import TempCachePaper
+from fastar.cache.threshold_errors import ThresholdErrors
 from fastar.cache.window import WindowCache
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "StockWindow",
     "TempCache",
     "TempCachePaper",
+    "ThresholdErrors",
     "WindowCache",
 ]

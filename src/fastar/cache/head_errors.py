@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fastar.cache.measured import load_measured, rounded
+
+COMMAND = "calibrate.py"
+"""Of experiments/, which measures them."""
 
 Table = list[list[int]]
 """A number for every layer and head."""
@@ -41,6 +48,11 @@ class HeadErrors:
             raise ValueError(f"every head needs {len(self.frames)} errors, one for each number of frames")
         if len({len(layer) for layer in self.errors}) != 1:
             raise ValueError("every layer must have the same number of heads")
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What decides a result."""
+        return (self.frames, self.errors)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,8 +100,7 @@ class HeadErrors:
 
     def save(self, path: str | Path, **made: object) -> None:
         """Write as JSON, with what else is to be known about the measurement."""
-        table = [[[float(f"{error:.4g}") for error in curve] for curve in layer] for layer in self.errors]
-        rows = {"frames": list(self.frames), "weights": self.weights, **made, "errors": table}
+        rows = {"frames": list(self.frames), "weights": self.weights, **made, "errors": rounded(self.errors)}
         Path(path).write_text(json.dumps(rows) + "\n")
 
     @classmethod
@@ -99,14 +110,10 @@ class HeadErrors:
         Raises:
             ValueError: there is no such file, or it is damaged.
         """
-        if not Path(path).exists():
-            raise ValueError(
-                f"there is no {path}: measure it with `python experiments/calibrate.py "
-                f"checkpoint={Path(path).parent}`, or set head_errors=null to give all heads the same budget"
-            )
-        try:
-            saved = json.loads(Path(path).read_text())
+
+        def build(saved: Mapping[str, Any]) -> HeadErrors:
             errors = tuple(tuple(tuple(curve) for curve in layer) for layer in saved["errors"])
             return cls(tuple(saved["frames"]), errors, saved["weights"])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): measure it again") from error
+
+        without = "head_errors=null to give all heads the same budget"
+        return load_measured(path, build, command=COMMAND, without=without)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+import logging
+from pathlib import Path
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -10,12 +12,15 @@ from torch import Tensor
 from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.ann.similarity import SIMILARITIES, Similarity, key_features
-from fastar.cache.base import Staged, check_choice
+from fastar.cache.base import CacheSpec, Staged, check_choice
 from fastar.cache.change import Joined
 from fastar.cache.merge import Representative, find_roots, group_mean, group_medoid, rows_of
 from fastar.cache.middle import MatchSpace
 from fastar.cache.policy import Prepared, SlotOptions, SlotPolicy
 from fastar.cache.slots import Slots, take, unpack_positions
+from fastar.cache.threshold_errors import ErrorKind, ErrorRule, ThresholdErrors
+
+log = logging.getLogger(__name__)
 
 
 class TempCachePaper(SlotPolicy):
@@ -32,6 +37,10 @@ class TempCachePaper(SlotPolicy):
 
     Args:
         threshold: least similarity of a merge; the paper's figure 10a sweeps 0.9 to 0.5.
+        error_target: instead of a threshold: the largest relative error of attention's output that merges may cause on
+            the clips of the measurement; every layer gets a threshold of its own.
+        threshold_errors: that measurement, or its file; None uses `threshold` in all layers, with a warning.
+        error_rule, error_kind: what keeps to the target, see `ThresholdErrors.choose`.
         similarity: of the two keys; cosine, centred (cosine about the mean previous key) or dot (a logit).
         match_by: find the correspondent with the token's `query` (the paper) or with its `key`.
         match_space: compare before RoPE (raw) or after it (roped).
@@ -48,6 +57,10 @@ class TempCachePaper(SlotPolicy):
         self,
         *,
         threshold: float = 0.9,
+        error_target: float | None = None,
+        threshold_errors: ThresholdErrors | str | Path | None = None,
+        error_rule: ErrorRule = "layer",
+        error_kind: ErrorKind = "measured",
         similarity: Similarity = "cosine",
         match_by: Literal["query", "key"] = "query",
         match_space: MatchSpace = "raw",
@@ -65,6 +78,11 @@ class TempCachePaper(SlotPolicy):
         check_choice("key", key, ("last", "mean", "medoid"))
         if sink_frames < 0:
             raise ValueError(f"sink_frames must not be negative, got {sink_frames}")
+        if error_target is not None and error_target < 0:
+            raise ValueError(f"error_target must not be negative, got {error_target}")
+        self.error_target, self.threshold_errors = error_target, threshold_errors
+        self.error_rule, self.error_kind = error_rule, error_kind
+        self.thresholds: list[float] = []  # of the layers, once bound
         self.threshold, self.similarity, self.match_by, self.match_space = (
             threshold,
             similarity,
@@ -73,6 +91,36 @@ class TempCachePaper(SlotPolicy):
         )
         self.key, self.log_count, self.one_to_one, self.sink_frames = key, log_count, one_to_one, sink_frames
         self.matcher = ExactMatcher() if matcher is None else matcher
+
+    def settings(self) -> dict[str, Any]:
+        """What decides, beside the threshold, what merges and what that costs."""
+        named = ("similarity", "match_by", "match_space", "key", "log_count", "one_to_one", "sink_frames")
+        own = {name: getattr(self, name) for name in named}
+        return own | {"matcher": type(self.matcher).__name__, "slot_bits": self._format.bits}
+
+    def bind(self, spec: CacheSpec) -> None:
+        self.thresholds = self._choose_thresholds(spec.num_layers)
+        super().bind(spec)
+
+    def _choose_thresholds(self, layers: int) -> list[float]:
+        known = self.threshold_errors
+        if self.error_target is None or known is None:
+            if self.error_target is not None:
+                log.warning("threshold_errors=null: all layers merge from %s on", self.threshold)
+            return [self.threshold] * layers
+        errors = ThresholdErrors.load(known) if isinstance(known, str | Path) else known
+        if errors.num_layers != layers:
+            raise ValueError(
+                f"threshold_errors speak of {errors.num_layers} layers, but the backbone has {layers}: measure them on "
+                "this backbone (experiments/calibrate_thresholds.py)"
+            )
+        for name, value in self.settings().items():
+            if errors.settings.get(name) != value:
+                raise ValueError(
+                    f"threshold_errors were measured with {name}={errors.settings.get(name)}, but this cache has "
+                    f"{value}: measure them with the same settings (experiments/calibrate_thresholds.py)"
+                )
+        return errors.choose(self.error_target, rule=self.error_rule, kind=self.error_kind)
 
     def metadata_shape(self) -> tuple[int, int]:
         return (self.spec.batch, self.spec.num_heads)
@@ -156,7 +204,7 @@ class TempCachePaper(SlotPolicy):
             False  # sinks stay first: nothing merges into them
         )
         found, _ = self.matcher.nearest(probe, past, valid=live)
-        merges = (found >= 0) & (self._similarity(own, past, live, found) >= self.threshold)
+        merges = (found >= 0) & (self._similarity(own, past, live, found) >= self.thresholds[layer])
         if self.one_to_one:
             merges &= self._best_of_each(own, past, live, found, merges)
         root = self._roots(found, merges, size)

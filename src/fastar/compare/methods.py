@@ -10,10 +10,16 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fastar.cache import HeadErrors
+from fastar.cache import HeadErrors, ThresholdErrors, head_errors, threshold_errors
 from fastar.rollout.method import Method
 
 COMMON_BUDGET = "${budget_share}"
+MEASURED: dict[str, type[HeadErrors] | type[ThresholdErrors]] = {
+    "head_errors": HeadErrors,
+    "threshold_errors": ThresholdErrors,
+}
+"""Settings of caches that name a file of what was measured once, by experiments/COMMANDS."""
+COMMANDS = {"head_errors": head_errors.COMMAND, "threshold_errors": threshold_errors.COMMAND}
 PARTS = ("cache", "self_attention", "cross_attention", "engine")
 
 log = logging.getLogger(__name__)
@@ -55,17 +61,19 @@ def identity_of(node: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or damaged, or was measured on other weights than those of sha256 `weights`.
     """
-    path = node["cache"].get("head_errors")
-    if path is None:
-        return dict(node)
-    errors = HeadErrors.load(path)
-    if errors.weights != weights:
-        raise ValueError(
-            f"{path} was measured on other weights ({str(errors.weights)[:8]}, these are {str(weights)[:8]}): "
-            f"measure it again with `python experiments/calibrate.py checkpoint={Path(path).parent}`"
-        )
-    digest = hashlib.sha256(repr((errors.frames, errors.errors)).encode()).hexdigest()
-    return {**node, "cache": {**node["cache"], "head_errors": digest}}
+    cache = dict(node["cache"])
+    for name, kind in MEASURED.items():
+        path = cache.get(name)
+        if path is None:
+            continue
+        found = kind.load(path)
+        if found.weights != weights:
+            raise ValueError(
+                f"{path} was measured on other weights ({str(found.weights)[:8]}, these are {str(weights)[:8]}): "
+                f"measure it again with `python experiments/{COMMANDS[name]} checkpoint={Path(path).parent}`"
+            )
+        cache[name] = hashlib.sha256(repr(found.content).encode()).hexdigest()
+    return {**node, "cache": cache}
 
 
 def setting(node: Mapping[str, Any], path: str) -> str | int | float | bool | None:

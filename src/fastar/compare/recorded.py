@@ -15,7 +15,8 @@ def report(config: DictConfig) -> None:
     pattern = list(config.runs) if OmegaConf.is_list(config.runs) else str(config.runs)
     if config.record:
         check_writable(Path(config.record))
-        runs = record_runs(pattern, Path(config.record), timings=config.timings, curves=config.curves)
+        leaner = {name: config[name] for name in ("timings", "curves", "together")}
+        runs = record_runs(pattern, Path(config.record), **leaner)
     else:
         runs = [run for run, _ in find_runs(pattern)]
     folder = Path(config.output) if config.output else runs[0].parent / "report"

@@ -4,19 +4,26 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastar.metrics.names import is_held, is_timing
-from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, read_summary
+from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, read_summary, write_json
+from fastar.results.identity import run_id
 from fastar.results.loading import find_runs
 from fastar.results.rows import SCHEMA, to_pandas, write_table
 
 
 def record_runs(
-    pattern: str | Path | Sequence[str | Path], target: Path, *, timings: bool = True, curves: bool = True
+    pattern: str | Path | Sequence[str | Path],
+    target: Path,
+    *,
+    timings: bool = True,
+    curves: bool = True,
+    together: bool = False,
 ) -> list[Path]:
     """Copy every finished or failed run that `pattern` names to `target`/<run id>; returns the copies.
 
@@ -28,6 +35,8 @@ def record_runs(
         timings: False leaves out what clocks measured, as is right for runs that shared a machine.
         curves: False keeps one value of a clip in place of one a chunk: the mean, as tables have it, or, of what the
             cache holds, the last chunk's.
+        together: True makes one run of all that differ in their one seed alone, as if it had made their clips: less to
+            keep. It is named by its seeds, and says the environment of the first.
 
     Raises:
         ValueError: no runs are there, one is damaged, or none of them has come to an end.
@@ -55,7 +64,39 @@ def record_runs(
                         shutil.copyfile(run / name, part)
     if not copies:
         raise ValueError(f"no run in {pattern} has finished: nothing to record")
-    return list(dict.fromkeys(copies))
+    copies = list(dict.fromkeys(copies))
+    return _joined(copies, target) if together else copies
+
+
+def _joined(runs: Sequence[Path], target: Path) -> list[Path]:
+    """Folders of `runs`, those of single seeds replaced by one for each group that has all else in common."""
+    groups: dict[str, list[tuple[int, Path, dict[str, Any]]]] = {}
+    kept = []
+    for run in runs:
+        summary = read_summary(run)
+        assert summary is not None
+        if summary["status"] == "done" and isinstance(summary["seed"], int):
+            same = [summary[name] for name in ("config", "labels", "checkpoint_sha256")]
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append((summary["seed"], run, summary))
+        else:
+            kept.append(run)
+    for group in groups.values():
+        group.sort(key=lambda member: member[0])
+        seeds = [seed for seed, _, _ in group]
+        summary = group[0][2]
+        name = run_id(summary["config"], seed=seeds, checkpoint_sha256=summary["checkpoint_sha256"])
+        tables = [to_pandas(pq.read_table(run / TABLE)).assign(clip=n) for n, (_, run, _) in enumerate(group)]
+        environment = {**summary["environment"], "seeds": seeds}
+        (target / name).mkdir(exist_ok=True)
+        with atomic(target / name / TABLE) as part:
+            write_table(_as_table(pd.concat(tables).astype({"clip": "Int64"})), part)
+        write_json(
+            target / name / SUMMARY, {**summary, "run_id": name, "seed": seeds, "environment": environment}
+        )
+        kept.append(target / name)
+        for _, run, _ in group:
+            shutil.rmtree(run)
+    return kept
 
 
 def _leaner(table: pa.Table, timings: bool, curves: bool) -> pa.Table:
@@ -69,4 +110,8 @@ def _leaner(table: pa.Table, timings: bool, curves: bool) -> pa.Table:
         keys = ["metric", "clip", "unit"]
         means = rows[of_chunks & ~held].groupby(keys, sort=False, dropna=False)[["value", "time"]]
         rows = pd.concat([rows[~of_chunks], rows[held & last], means.mean().reset_index()])
+    return _as_table(rows)
+
+
+def _as_table(rows: pd.DataFrame) -> pa.Table:
     return pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False).replace_schema_metadata()
