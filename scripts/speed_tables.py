@@ -8,7 +8,6 @@ bytes: a budget of b latent frames is b / 84 there.
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from fastar.results.figures import RESULTS

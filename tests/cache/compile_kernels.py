@@ -5,7 +5,7 @@ Run as a program: `python -m tests.cache.compile_kernels`. Fails as `tests.hoppe
 
 from typing import Any
 
-from fastar.cache import kernels
+from fastar.cache import kernels, merge_kernels
 from tests import hopper
 from tests.hopper import report
 
@@ -69,9 +69,9 @@ def main() -> None:
         result = compiled(kernels.cheaper_partner, 4, **constants)
         report(f"cheaper_partner, rows={rows}, found={found}", result, "ld.global")
     for gone in (False, True):
-        report(f"lowest, gone={gone}", compiled(kernels.lowest, 16, BLOCK=4096, GONE=gone), "ld.global")
-    report("places", compiled(kernels.places, 16, BLOCK=4096, WANTED=1), "ld.global")
-    report("find_roots", compiled(kernels.find_roots, 4, BLOCK=256), "ld.global")
+        report(f"lowest, gone={gone}", compiled(merge_kernels.lowest, 16, BLOCK=4096, GONE=gone), "ld.global")
+    report("places", compiled(merge_kernels.places, 16, BLOCK=4096, WANTED=1), "ld.global")
+    report("find_roots", compiled(merge_kernels.find_roots, 4, BLOCK=256), "ld.global")
     for first, width in ((0, 64), (0, 128), (0, 256), (128, 256)):
         columns = width - first
         sizes = {
@@ -83,13 +83,13 @@ def main() -> None:
             "UPCAST": False,
         }
         warps = 4 if columns <= 128 else 8
-        result = compiled(kernels.fold, warps, TOTAL=False, **sizes)
+        result = compiled(merge_kernels.fold, warps, TOTAL=False, **sizes)
         report(f"fold, {first} to {width}", result, "tf32")
     sizes = {"FIRST": 0, "F": 1, "WIDTH": 16, "BLOCK": 64, "PRECISION": "ieee", "UPCAST": False}
-    report("fold, counts", compiled(kernels.fold, 4, x="*fp32", TOTAL=True, **sizes), "ld.global")
-    result = compiled(kernels.fill, 4, numbers=("first",), F=128, WIDTH=128, BLOCK=64)
+    report("fold, counts", compiled(merge_kernels.fold, 4, x="*fp32", TOTAL=True, **sizes), "ld.global")
+    result = compiled(merge_kernels.fill, 4, numbers=("first",), F=128, WIDTH=128, BLOCK=64)
     report("fill", result, r"st.global.*v4")
-    result = compiled(kernels.fill, 4, numbers=("first",), x="*i32", F=1, WIDTH=1, BLOCK=1024)
+    result = compiled(merge_kernels.fill, 4, numbers=("first",), x="*i32", F=1, WIDTH=1, BLOCK=1024)
     report("fill, numbers", result, "st.global")
 
 

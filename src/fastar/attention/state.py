@@ -18,13 +18,14 @@ from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
 from fastar.attention.place import Placement
 from fastar.attention.places import PlaceMemory, Places
+from fastar.attention.request import request_of
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
 from fastar.attention.text import Selection, TextStream
 from fastar.attention.working import OrderedKeys, WorkingKeys, WorkingMemory
 from fastar.cache.base import CachePolicy, CacheSpec, Execute, Staged, at_once
 from fastar.engines.plan import BlockPlan
-from fastar.sparsity import CrossSelector, Selector, SelectRequest
+from fastar.sparsity import CrossSelector, Selector
 from fastar.sparsity.base import Scheduled
 
 
@@ -260,17 +261,12 @@ class AttentionState:
             targets, q_order = ordered.current, ordered.plan.query_order
         Placement(q_raw, k_raw, v, self._require_places().turns, q, *targets, q_order=q_order).run()
         if context.commits:
-            self.cache.stage(
-                layer,
-                Staged(
-                    q_raw=q_raw,
-                    k_raw=k_raw,
-                    k=current_k[..., : working.head_dim],
-                    v=current_v,
-                    positions=self._require_places().positions,
-                    q=q[..., : working.head_dim],
-                ),
-            )
+            places, own = self._require_places(), working.head_dim
+            staged = Staged(
+                q_raw=q_raw, k_raw=k_raw, k=current_k[..., :own], v=current_v, positions=places.positions,
+                q=q[..., :own],
+            )  # fmt: skip
+            self.cache.stage(layer, staged)
         if ordered is not None and straight:
             return ordered.attend(q, self.engine, q_in_order=q_order is not None)
         if ordered is not None:
@@ -346,7 +342,12 @@ class AttentionState:
             places = here if own else grid_positions(first, stop - first, self.grid, self.device)
             current = working.own_keys[:, :, working.cached :]
             raw = (self.rope.unrotate(q, here), self.rope.unrotate(current, places))
-        return self.self_selector.plan(self._request(layer, context, q, *raw, working))
+        tags = (None, None) if self.tags is None else self.tags.of(layer, context, working.origins)
+        request = request_of(
+            layer, context, q, *raw, working,
+            rope=self.rope if self.self_selector.match_space == "raw" else None, tags=tags,
+        )  # fmt: skip
+        return self.self_selector.plan(request)
 
     def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
@@ -383,31 +384,6 @@ class AttentionState:
     def _tell(self, event: AttendEvent) -> None:
         for recorder in self.recorders:
             recorder.on_attend(event)
-
-    def _request(
-        self, layer: int, context: PassContext, q: Tensor, q_raw: Tensor, k_raw: Tensor, working: WorkingKeys
-    ) -> SelectRequest:
-        raw = None
-        if self.self_selector.match_space == "raw":
-            raw = k_raw
-            if working.cached and working.positions is not None:
-                past = self.rope.unrotate(working.own_keys[:, :, : working.cached], working.positions)
-                raw = torch.cat([past, k_raw], dim=2)
-        text_tags, key_tags = None, None
-        if self.tags is not None:
-            text_tags, key_tags = self.tags.of(layer, context, working.origins)
-        return SelectRequest(
-            layer=layer,
-            context=context,
-            q=q,
-            k=working.own_keys,
-            q_raw=q_raw,
-            k_raw=raw,
-            log_count=working.log_count,
-            num_current=k_raw.shape[2],
-            text_tags=text_tags,
-            key_tags=key_tags,
-        )
 
     def _require_places(self) -> Places:
         if self._here is None:

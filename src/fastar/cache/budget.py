@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from fastar.cache.base import CacheSpec
-from fastar.cache.policy import SlotOptions, SlotPolicy
+from fastar.cache.policy import SlotPolicy
+from fastar.cache.slots import SlotOptions
 
 
 class BudgetOptions(SlotOptions, total=False):

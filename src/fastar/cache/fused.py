@@ -1,4 +1,4 @@
-"""The plan of a TempCache commit for all layers at once, by the kernels of `fastar.cache.kernels`.
+"""The plan of a TempCache commit for all layers at once, by the kernels of `fastar.cache.kernels` and `merge_kernels`.
 
 The same steps as `fastar.cache.allocation` and `fastar.cache.middle`, which define them. What differs is how numbers
 are held: features about their mean, in the dtype of the slots (bfloat16), made by one pass over these; distances are
@@ -255,7 +255,7 @@ def lowest(cost: Tensor, number: int, gone: Tensor | None = None) -> tuple[Tenso
     problems, size = cost.shape
     chosen = torch.empty(problems, size, dtype=torch.uint8, device=cost.device)
     rows = torch.empty(problems, number, dtype=torch.int32, device=cost.device)
-    kernels().lowest[(problems,)](
+    merge_kernels().lowest[(problems,)](
         cost.contiguous(), _or(gone, chosen), chosen, rows, size, number,
         BLOCK=min(_BLOCK, _padded(size)), GONE=gone is not None, num_warps=16,
     )  # fmt: skip
@@ -266,7 +266,7 @@ def places(flags: Tensor, number: int, *, wanted: bool) -> Tensor:
     """Where flags uint8 [N, M] are 1 (0, if not `wanted`), `number` in each row: int32 [N, number], ascending."""
     problems, size = flags.shape
     rows = torch.empty(problems, number, dtype=torch.int32, device=flags.device)
-    kernels().places[(problems,)](
+    merge_kernels().places[(problems,)](
         flags, rows, size, number, BLOCK=min(_BLOCK, _padded(size)), WANTED=int(wanted), num_warps=16
     )
     return rows
@@ -277,7 +277,7 @@ def find_roots(chosen: Tensor, partner: Tensor) -> Tensor:
     size, block = partner.shape[1], 256
     for hops in (16, size):  # a long chain: few hops, then as many of them at a time
         root = torch.empty_like(partner)
-        kernels().find_roots[(_blocks(size, block), len(partner))](
+        merge_kernels().find_roots[(_blocks(size, block), len(partner))](
             chosen, partner, root, size, hops, BLOCK=block
         )
         partner = root
@@ -308,7 +308,7 @@ class Runs:
         """
         (_, _, width), moved, block = x.shape, self.order.shape[1], 64
         totals, columns = count.clone() if total else count, _padded(width - first)
-        kernels().fold[(_blocks(moved, block), len(x))](
+        merge_kernels().fold[(_blocks(moved, block), len(x))](
             x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
             F=width, WIDTH=columns, BLOCK=block, TOTAL=total,
             UPCAST=interpreted(), PRECISION=_precision(x), num_warps=4 if columns <= 128 else 8,
@@ -331,7 +331,7 @@ def fill(x: Tensor, place: Tensor) -> Tensor:
     rows = x.flatten(0, 1)
     size, moved, width = rows.shape[1], place.shape[1], rows[0, 0].numel()
     block = 64 if width > 1 else 1024
-    kernels().fill[(_blocks(moved, block), len(rows))](
+    merge_kernels().fill[(_blocks(moved, block), len(rows))](
         rows, place, size - moved, moved, rows.stride(0), rows.stride(1),
         F=width, WIDTH=1 << (width - 1).bit_length(), BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -366,5 +366,12 @@ def _padded(width: int) -> int:
 def kernels() -> Any:
     """The module of the kernels, imported late: Triton is an optional package."""
     from fastar.cache import kernels as module
+
+    return module
+
+
+def merge_kernels() -> Any:
+    """The module of those that merge."""
+    from fastar.cache import merge_kernels as module
 
     return module

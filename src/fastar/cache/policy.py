@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +23,6 @@ from fastar.cache.slots import (
     saved_tensor,
     unpack_positions,
 )
-
-
-class SlotOptions(TypedDict, total=False):
-    """Keyword arguments of `SlotPolicy`."""
-
-    slot_bits: int
-    storage: str
-    quant_group: int | None
-
 
 Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
 """By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place,

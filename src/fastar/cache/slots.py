@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _FRAME_BITS, _ROW_BITS, _COLUMN_BITS = 18, 7, 7
 MAX_FRAME, MAX_SIDE = 2**_FRAME_BITS, 2**_ROW_BITS
+
+
+class SlotOptions(TypedDict, total=False):
+    """Keyword arguments of `fastar.cache.policy.SlotPolicy`."""
+
+    slot_bits: int
+    storage: str
+    quant_group: int | None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastar.attention.context import PassContext
 from fastar.cache.base import CacheSpec, CacheView, Room, Staged
 from fastar.cache.change import Change, Joined, drop_oldest
-from fastar.cache.policy import SlotOptions, SlotPolicy
+from fastar.cache.policy import SlotPolicy
+from fastar.cache.slots import SlotOptions
 
 
 class StockWindow(SlotPolicy):

@@ -16,8 +16,8 @@ from fastar.cache.base import CacheSpec, Staged, check_choice
 from fastar.cache.change import Joined
 from fastar.cache.merge import Representative, find_roots, group_mean, group_medoid, rows_of
 from fastar.cache.middle import MatchSpace
-from fastar.cache.policy import Prepared, SlotOptions, SlotPolicy
-from fastar.cache.slots import Slots, take, unpack_positions
+from fastar.cache.policy import Prepared, SlotPolicy
+from fastar.cache.slots import SlotOptions, Slots, take, unpack_positions
 from fastar.cache.threshold_errors import ErrorKind, ErrorRule, ThresholdErrors
 
 log = logging.getLogger(__name__)
