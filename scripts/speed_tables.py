@@ -2,8 +2,8 @@
 
     python scripts/speed_tables.py && python scripts/include.py analysis/README.md
 
-Fidelity beside the speed of a budget is that of runs in analysis/results/speed_fidelity, at the same share of dense's
-bytes: a budget of b latent frames is b / 84 there.
+Fidelity beside the speed of a budget is that of fidelity.json, means over runs of experiment=speed_fidelity, at the
+same share of dense's bytes: a budget of b latent frames is b / 84 there.
 """
 
 import json
@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastar.results.figures import RESULTS
-from fastar.results.loading import load
 
-SPEED, FIDELITY = RESULTS / "speed", RESULTS / "speed_fidelity"
+SPEED = RESULTS / "speed"
 HISTORY = 84  # latent frames that a budget is a share of
 Row = dict[str, Any]
 
@@ -77,25 +76,21 @@ def budgets() -> None:
         lines.append(line | costs.get((row["method"], line["budget"]), {}))
     note = (
         "Video frames a second in the steady state, denoising and commits, no decoding; Wan2.1-1.3B at 480x832, random "
-        "weights, cache contents from recorded motion; fused, captured. Recall and error: Doom backbone, protocol A, the "
-        "same share of dense's bytes. "
+        "weights, cache contents from recorded motion; fused, captured. Recall and output error: the Doom backbone, "
+        "protocol A, two clips, the same share of dense's bytes (a check, no ranking). "
     )
     write("budgets", lines, note + made_on("rollout") + ".")
 
 
 def fidelity() -> dict[tuple[str, str], dict[str, str]]:
     """Attention recall and output error by method and budget."""
-    if not FIDELITY.exists():
-        return {}
-    data, found = load(FIDELITY / "*"), {}
-    for (method, share), part in data.groupby(["method", "budget_share"]):
-        means = part.groupby("metric")["value"].mean()
-        if "recall" in means:
-            budget = f"{float(f'{share * HISTORY:.2g}'):g}"
-            found[str(method), budget] = {
-                "recall": f"{means['recall']:.3f}",
-                "output error": f"{means['output_error']:.3f}",
-            }
+    found = {}
+    for row in rows_of("fidelity"):
+        budget = float(f"{row['budget_share'] * HISTORY:.2g}")
+        found[row["method"], f"{budget:g}"] = {
+            "recall": f"{row['recall']:.3f}",
+            "output error": f"{row['output_error']:.3f}",
+        }
     return found
 
 
@@ -145,7 +140,9 @@ def loops() -> None:
         for row in rows_of(name)
         if "loop" in row
     ]
-    write("loops", lines, "Random weights and noise, 21 latent frames, not captured. " + made_on("loops") + ".")
+    write(
+        "loops", lines, "Random weights and noise, 21 latent frames, not captured. " + made_on("loops") + "."
+    )
 
 
 def parts() -> None:

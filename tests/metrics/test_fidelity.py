@@ -4,6 +4,7 @@ import math
 
 import cv2
 import hydra
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_vmaf_ranks_damage() -> None:
 
 
 def test_an_ffmpeg_without_libvmaf_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vmaf_module.imageio_ffmpeg, "get_ffmpeg_exe", lambda: "echo")
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "echo")
     vmaf_module.ffmpeg_with_libvmaf.cache_clear()
     with pytest.raises(ValueError, match="has no libvmaf"):
         vmaf_frames(scene(), scene())
