@@ -261,10 +261,10 @@ class AttentionState:
             targets, q_order = ordered.current, ordered.plan.query_order
         Placement(q_raw, k_raw, v, self._require_places().turns, q, *targets, q_order=q_order).run()
         if context.commits:
-            places, own = self._require_places(), working.head_dim
+            places, width = self._require_places(), working.head_dim
             staged = Staged(
-                q_raw=q_raw, k_raw=k_raw, k=current_k[..., :own], v=current_v, positions=places.positions,
-                q=q[..., :own],
+                q_raw=q_raw, k_raw=k_raw, k=current_k[..., :width], v=current_v, positions=places.positions,
+                q=q[..., :width],
             )  # fmt: skip
             self.cache.stage(layer, staged)
         if ordered is not None and straight:
