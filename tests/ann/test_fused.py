@@ -192,8 +192,8 @@ def test_binary_search_counts_the_bits_that_differ(metric: Metric, device: torch
 
 
 def test_recall_counts_equal_keys_as_found(device: torch.device) -> None:
-    keys = torch.randn(1, 60, 16, device=device)
-    queries = keys[:, :30] + 0.3 * torch.randn(1, 30, 16, device=device)
+    keys = torch.randn(1, 60, 16).to(device)  # the same numbers on any device
+    queries = keys[:, :30] + 0.3 * torch.randn(1, 30, 16).to(device)
     coarse = ann.TritonQuantizedMatcher(bits=2, tile=SMALL)
     exact, found = (m.nearest(queries, keys)[0] for m in (ann.ExactMatcher(), coarse))
     assert ann.recall_at_1(coarse, queries, keys) == (exact == found).float().mean() < 1
