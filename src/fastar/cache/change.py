@@ -214,7 +214,7 @@ def _shares_memory(x: Tensor, other: Tensor) -> bool:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """tensor [B, H, S, ...], contiguous, as [B * H * S, ...], sharing memory."""
+    """tensor [B, H, S, ...], slots equally far apart, as [B * H * S, ...], sharing memory."""
     return tensor.view(-1, *tensor.shape[3:])
 
 

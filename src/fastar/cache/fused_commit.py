@@ -1,4 +1,4 @@
-"""A commit of `TempCache(commit="fused")`: several layers at a time, planned aside and then done in place.
+"""A commit of `TempCache(commit_by="fused")`: several layers at a time, planned aside and then done in place.
 
 Merged keys and values are written by `FusedEdit.apply` straight over the slots that stay, so that a plan holds indices
 and counts only. What is constant once the cache is full (sizes, number of merges) is known to the host, nothing else is

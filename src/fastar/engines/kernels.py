@@ -1,4 +1,4 @@
-"""Triton kernels of the engines: attention over packed slots, the order of a plan's tokens and the lists of its blocks.
+"""Triton kernels of the engines: attention over packed slots, and tokens moved into the order of a plan.
 
 Legend: H heads of all batch entries, n queries, s packed slots, c keys of the current chunk, D numbers a head. A
 program of attention holds a tile of Q queries of one head and streams over tiles of K packed slots, which become

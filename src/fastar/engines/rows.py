@@ -1,5 +1,4 @@
-"""What a block plan costs on a GPU beside attention: its tokens put in order and back, and its blocks listed, with one
-kernel each."""
+"""What a block plan costs on a GPU beside attention: its tokens put in order and back, with one kernel each."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ query blocks at a time: on CPU a large fresh buffer costs more in page faults th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -155,10 +156,4 @@ SDPA = Engine(
     dtypes=_DTYPES,
     counts_in_keys=_CUDA,
 )
-AUGMENTED = Engine(
-    name="augmented",
-    run=partial(_run, augment_on=_DEVICES),
-    devices=_DEVICES,
-    dtypes=_DTYPES,
-    counts_in_keys=_DEVICES,
-)
+AUGMENTED = replace(SDPA, name="augmented", run=partial(_run, augment_on=_DEVICES), counts_in_keys=_DEVICES)
