@@ -77,8 +77,8 @@ def budgets() -> None:
     note = (
         "Video frames a second in the steady state, denoising and commits, no decoding; Wan2.1-1.3B at 480x832, random "
         "weights, cache contents from recorded motion; fused, captured. Recall and output error: the Doom backbone, "
-        "protocol A, two clips, the same share of dense's bytes (a check, no ranking). p99 of 8 chunks (stock: 100) is near "
-        "their slowest. "
+        "protocol A, two clips, the same share of dense's bytes (a check, no ranking). p99 of 8 chunks (stock: 100) is "
+        "near their slowest. "
     )
     write("budgets", lines, note + made_on("rollout") + ".")
 
