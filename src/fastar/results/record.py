@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastar.metrics.names import is_held, is_timing
+from fastar.results.archive import pack, unpack
 from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, read_summary, write_json
 from fastar.results.identity import run_id
 from fastar.results.loading import find_runs
@@ -27,7 +28,8 @@ def record_runs(
 ) -> list[Path]:
     """Copy every finished or failed run that `pattern` names to `target`/<run id>; returns the copies.
 
-    A run that is there already is replaced, unless it is done and the new one failed.
+    A run that is there already is replaced, unless it is done and the new one failed. All runs that `target` then holds
+    go into `target`/runs.tar.xz (`fastar.results.archive`), which is what to keep.
 
     Args:
         pattern: as of `fastar.results.load`.
@@ -41,6 +43,7 @@ def record_runs(
     Raises:
         ValueError: no runs are there, one is damaged, or none of them has come to an end.
     """
+    unpack(target)
     copies = []
     for run, summary in find_runs(pattern):
         if summary["status"] not in ("done", "failed"):
@@ -65,7 +68,10 @@ def record_runs(
     if not copies:
         raise ValueError(f"no run in {pattern} has finished: nothing to record")
     copies = list(dict.fromkeys(copies))
-    return _joined(copies, target) if together else copies
+    if together:
+        copies = _joined(copies, target)
+    pack(target, [run for run in target.iterdir() if (run / SUMMARY).exists()])
+    return copies
 
 
 def _joined(runs: Sequence[Path], target: Path) -> list[Path]:
