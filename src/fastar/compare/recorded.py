@@ -15,7 +15,7 @@ def report(config: DictConfig) -> None:
     pattern = list(config.runs) if OmegaConf.is_list(config.runs) else str(config.runs)
     if config.record:
         check_writable(Path(config.record))
-        leaner = {name: config[name] for name in ("timings", "curves", "together")}
+        leaner = {name: config[name] for name in ("timings", "curves", "together", "stills", "still_height")}
         runs = record_runs(pattern, Path(config.record), **leaner)
     else:
         runs = [run for run, _ in find_runs(pattern)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, unwritable
+from fastar.results.stills import STILLS, TRUTH
 
 ARCHIVE = "runs.tar.xz"
 UNPACKED = ".runs.sha256"  # of the archive that the folders beside it came from
@@ -24,12 +25,12 @@ LOCK = ".runs.lock"
 def pack(folder: Path, runs: Iterable[Path]) -> Path:
     """Write `folder`/runs.tar.xz from folders of runs in `folder`; the same runs always give the same bytes.
 
-    Only settings and numbers go in: summary.json, metrics.parquet and, of runs that read prompts, prompt.json.
+    What is recorded goes in: summary.json, metrics.parquet, of runs that read prompts prompt.json, and stills.
     """
     target, runs = folder / ARCHIVE, sorted(runs)
     with atomic(target) as part, tarfile.open(part, "w:xz", preset=9) as archive:
         # files of one kind side by side: likeness is what compresses
-        for name in (SUMMARY, PROMPT, TABLE):
+        for name in (SUMMARY, PROMPT, TABLE, STILLS, TRUTH):
             for run in runs:
                 if (run / name).exists():
                     member = tarfile.TarInfo(f"{run.name}/{name}")

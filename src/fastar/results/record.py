@@ -1,4 +1,4 @@
-"""Runs that a table or figure rests on, copied to where they are kept: settings and numbers, no videos, no states."""
+"""Runs that a table or figure rests on, copied to where they are kept: settings and numbers, perhaps some frames, no states."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, read_summary, w
 from fastar.results.identity import run_id
 from fastar.results.loading import find_runs
 from fastar.results.rows import SCHEMA, to_pandas, write_table
+from fastar.results.stills import write_stills
 
 
 def record_runs(
@@ -25,6 +26,8 @@ def record_runs(
     timings: bool = True,
     curves: bool = True,
     together: bool = False,
+    stills: int = 0,
+    still_height: int = 48,
 ) -> list[Path]:
     """Copy every finished or failed run that `pattern` names to `target`/<run id>; returns the copies.
 
@@ -39,6 +42,8 @@ def record_runs(
             cache holds, the last chunk's.
         together: True makes one run of all that differ in their one seed alone, as if it had made their clips: less to
             keep. It is named by its seeds, and says the environment of the first.
+        stills: how many frames of the first video that a run kept go with it, of `still_height` lines or somewhat more
+            (`fastar.results.stills`).
 
     Raises:
         ValueError: no runs are there, one is damaged, or none of them has come to an end.
@@ -56,6 +61,8 @@ def record_runs(
         ):
             continue
         copy.mkdir(parents=True, exist_ok=True)
+        if stills:
+            write_stills(run, copy, stills, still_height)
         for name in (PROMPT, TABLE, SUMMARY):  # the summary last: it says that the table is complete
             if (run / name).exists():
                 with atomic(copy / name) as part:
