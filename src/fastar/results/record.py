@@ -1,4 +1,4 @@
-"""Runs that a table or figure rests on, copied to where they are kept: settings and numbers, perhaps some frames, no states."""
+"""Runs that a table or figure rests on, copied to where they are kept: settings, numbers, perhaps some frames."""
 
 import json
 import shutil
