@@ -51,7 +51,7 @@ def load(
     _check_unique(runs)
     wanted = list(config)
     for number, (folder, summary) in enumerate(runs):
-        table = _rows_of(folder, summary, partial=partial)
+        table = rows_of(folder, summary, partial=partial)
         parts.append(table.append_column("run", pa.array([number] * len(table), pa.int64())))
     rows = to_pandas(pa.concat_tables(parts))
     described = pd.DataFrame([_describe(summary, wanted) for _, summary in runs])
@@ -159,7 +159,8 @@ def _at(config: Any, path: str) -> Any:
     return config
 
 
-def _rows_of(folder: Path, summary: dict[str, Any], *, partial: bool) -> pa.Table:
+def rows_of(folder: Path, summary: dict[str, Any], *, partial: bool) -> pa.Table:
+    """Rows of one run, and one that stands for its failure; none of an unfinished one unless `partial`."""
     status = summary["status"]
     if status == "done":
         if not (folder / TABLE).exists():
