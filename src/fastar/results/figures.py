@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from fastar.results.files import read_summary
@@ -59,10 +60,11 @@ def strips(rows: Mapping[str, NDArray[np.uint8]], columns: Sequence[str], *, wid
     """A row of frames per label, [F, H, W, 3] each and all of one size, under the captions `columns`."""
     height, across = next(iter(rows.values())).shape[1:3]
     side = width / len(columns)
-    figure = Figure(
-        figsize=(width + 1.2, len(rows) * side * height / across + 0.3), dpi=150, layout="constrained"
-    )
+    size = (width + 1.2, len(rows) * side * height / across + 0.3)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=size, dpi=150, layout=layout)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    assert isinstance(axes, np.ndarray)
     for line, (label, frames) in zip(axes, rows.items(), strict=True):
         for panel, frame in zip(line, frames, strict=True):
             panel.imshow(frame, interpolation="nearest")
@@ -71,7 +73,6 @@ def strips(rows: Mapping[str, NDArray[np.uint8]], columns: Sequence[str], *, wid
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     for panel, caption in zip(axes[0], columns, strict=True):
         panel.set_title(caption, fontsize=8)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
     return figure
 
 
