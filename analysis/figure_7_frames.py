@@ -18,7 +18,8 @@
 #
 #     python experiments/compare.py workload=scenes name=figure_7 'protocols=[C]' seeds=[0] batch=1 videos=1 \
 #         'method=[dense,tempcache,annsa,ranked_lsh,fast_ar,window,random,empty]'
-#     python experiments/report.py runs=outputs/figure_7 record=analysis/results/figure_7 stills=8
+#     python experiments/report.py runs=outputs/figure_7 record=analysis/results/figure_7 stills=8 \
+#         curves=false timings=false
 
 # %%
 from pathlib import Path
@@ -52,4 +53,4 @@ figure = strips(rows, [f"frame {first + number}" for number in still_frames(tota
 publish(figure, "figure_7_frames")
 
 # %%
-print(fidelity[list(METHODS)].round(1))
+print(fidelity.reindex(list(METHODS)).round(1))

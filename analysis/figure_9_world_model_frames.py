@@ -18,7 +18,8 @@
 #
 #     python experiments/compare.py experiment=demo name=figure_9 seeds=[0] \
 #         'method=[dense,tempcache,tempcache_int4,fast_ar,window,random,empty]'
-#     python experiments/report.py runs=outputs/figure_9 record=analysis/results/figure_9 stills=8
+#     python experiments/report.py runs=outputs/figure_9 record=analysis/results/figure_9 stills=8 \
+#         curves=false timings=false
 
 # %%
 from pathlib import Path

@@ -61,7 +61,7 @@ def strips(rows: Mapping[str, NDArray[np.uint8]], columns: Sequence[str], *, wid
     height, across = next(iter(rows.values())).shape[1:3]
     side = width / len(columns)
     size = (width + 1.2, len(rows) * side * height / across + 0.3)
-    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     figure = Figure(figsize=size, dpi=150, layout=layout)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     assert isinstance(axes, np.ndarray)
