@@ -117,8 +117,6 @@ def work(
     from hydra import compose, initialize_config_dir
 
     from fastar.compare.command import CAN_BE_PUT_RIGHT
-    from fastar.compare.comparison import Comparison
-    from fastar.compare.session import open_session
     from fastar.interruption import Interrupted, check, listening
     from fastar.results.logtail import sentence_of, unwrapped
 
@@ -126,7 +124,7 @@ def work(
         while True:
             try:
                 check()
-                job = jobs.get(timeout=1)
+                job = jobs.get(timeout=5)
             except queue.Empty:
                 return
             started, ended = time.monotonic(), "ended"
@@ -134,9 +132,7 @@ def work(
                 config = compose(
                     "compare", overrides=settings_of(job, arguments.outputs) + arguments.overrides
                 )
-                comparison = Comparison(config, open_session(config), say=say)
-                comparison._load_clips = partial(shared_clips, clips, config, comparison._load_clips)  # type: ignore[method-assign]
-                comparison.run()
+                run(config, clips)
             except Interrupted:
                 ended = "stopped"
                 raise
@@ -146,9 +142,18 @@ def work(
                     logger.exception("%s", job)
             finally:
                 say(f"gpu {gpu}: {time.monotonic() - started:4.0f} s, {ended}: {shlex.join(job)}")
-                comparison = None
                 gc.collect()
                 torch.cuda.empty_cache()
+
+
+def run(config: Any, clips: Path) -> None:
+    """The runs of one job; `clips`: folder of those that processes share."""
+    from fastar.compare.comparison import Comparison
+    from fastar.compare.session import open_session
+
+    comparison = Comparison(config, open_session(config), say=say)
+    comparison._load_clips = partial(shared_clips, clips, config, comparison._load_clips)  # type: ignore[method-assign]
+    comparison.run()
 
 
 def forget_lost_trajectories(outputs: Path) -> None:
