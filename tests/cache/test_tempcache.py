@@ -31,6 +31,7 @@ VARIANTS = {
     "last": {"key": "last"},
     "medoid": {"key": "medoid"},
     "value_aware": {"value": "value_aware"},
+    "last_value": {"value": "last"},
     "shared": {"per_head": False},
     "cosine": {"similarity": "cosine"},
     "dot_diagonal": {"similarity": "dot", "moment": "diagonal"},
@@ -90,8 +91,8 @@ def test_every_token_is_counted_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_merged_values_keep_the_mean_of_the_past(name: str) -> None:
-    if name == "value_aware":
-        pytest.skip("weights by attention, not by count")
+    if "value" in VARIANTS[name]:
+        pytest.skip("weights by attention or by age, not by count")
     policy, dense = (
         bound(p)
         for p in (cache.TempCache(budget_frames=12, **FLOAT, **VARIANTS[name]), cache.DenseCache(**FLOAT))
@@ -164,6 +165,16 @@ def test_the_key_that_stays_is_the_one_asked_for() -> None:
             assert torch.equal(view.positions, positions[same.int().argmax(-1)])
     frames = {key: view.positions[..., 0].float().mean() for key, view in views.items()}
     assert frames["last"] > frames["medoid"]
+
+
+def test_the_value_that_stays_is_the_newest_if_that_is_asked_for() -> None:
+    policy = bound(cache.TempCache(budget_frames=12, value="last", **FLOAT))
+    history = fill(policy, 12)
+    values, positions = torch.cat([c.v for c in history], 2), torch.cat([c.positions for c in history])
+    view = policy.view(0)
+    newest = (view.positions[:, :, :, None] == positions).all(-1).int().argmax(-1)
+    assert (view.log_count > 0).any()
+    assert torch.equal(view.v, values.gather(2, newest[..., None].expand_as(view.v)))
 
 
 def test_raw_matching_merges_what_moved_and_roped_matching_does_not_want_to() -> None:

@@ -110,6 +110,23 @@ def test_one_to_one_leaves_rivals_apart() -> None:
     assert single.view(0).positions[0, 0, :, 0].max() == 1
 
 
+def test_the_newest_value_instead_of_the_mean_changes_nothing_else() -> None:
+    mean, last = (
+        bound(cache.TempCachePaper(value=v, threshold=0.5, **FLOAT), layers=1) for v in ("mean", "last")
+    )
+    chunks = scene_chunks(4, places=1, noise=0.1)
+    for policy in (mean, last):
+        for chunk in chunks:
+            commit(policy, chunk)
+    views = mean.view(0), last.view(0)
+    for name in ("k", "positions", "log_count"):
+        assert torch.equal(*(getattr(view, name) for view in views))
+    every = torch.cat([chunk.v for chunk in chunks], 2)
+    known = [(view.v[:, :, :, None] == every[:, :, None]).all(-1).any(-1) for view in views]
+    merged = views[0].log_count > 0
+    assert merged.any() and known[1][merged].all() and not known[0][merged].any()
+
+
 @pytest.mark.parametrize("key", ["mean", "medoid"])
 @pytest.mark.parametrize("space", ["raw", "roped"])
 def test_paper_form_representatives(key: str, space: str) -> None:

@@ -19,7 +19,7 @@ from fastar.cache.moments import Moment, expand_moment, sampled
 from fastar.cache.slots import SlotFormat, Slots, unpack_positions
 
 MatchSpace = Literal["raw", "roped"]
-MergedValue = Literal["mean", "value_aware"]
+MergedValue = Literal["mean", "value_aware", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,9 @@ class Middle:
         candidates = self.candidates
         if self.rules.value == "mean":
             return candidates.count
+        if self.rules.value == "last":
+            newest = torch.arange(root.shape[1], device=root.device)
+            return (root == newest).to(candidates.count.dtype)
         heads = 1 if self.rules.per_head else self.rules.spec.num_heads
         energy = candidates.features[..., : candidates.key_width].square().sum(-1) / heads
         return candidates.count * (0.5 * (energy - energy.gather(1, root))).clamp(-8, 8).exp()

@@ -49,7 +49,7 @@ class TempCache(BudgetedPolicy):
         key: which key stands for a group: the count-weighted `mean` (in match space; of roped keys it keeps the
             logits' mean for every query), the newest (`last`, the paper), or the member nearest to the mean (`medoid`).
         value: count-weighted `mean`, or `value_aware`: weights also grow with the attention that a member's
-            key would draw from Gaussian queries, exp(E[(q . k)^2] / 2d).
+            key would draw from Gaussian queries, exp(E[(q . k)^2] / 2d); or the newest member's (`last`: no averaging).
         log_count: add log m to the logits of merged slots.
         value_weight: weight of the value change in the cost.
         weighting: w_ij, see `fastar.cache.merge.pair_weight`.
@@ -106,7 +106,7 @@ class TempCache(BudgetedPolicy):
         check_choice("similarity", similarity, SIMILARITIES)
         check_choice("match_space", match_space, ("raw", "roped"))
         check_choice("key", key, ("last", "mean", "medoid"))
-        check_choice("value", value, ("mean", "value_aware"))
+        check_choice("value", value, ("mean", "value_aware", "last"))
         check_choice("weighting", weighting, ("none", "ward", "root_ward", "older"))
         check_choice("moment", moment, ("full", "diagonal"))
         if min(sink_frames, recent_frames or 0, value_weight, refresh) < 0 or min(rounds, moment_horizon) < 1:

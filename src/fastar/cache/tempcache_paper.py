@@ -46,6 +46,7 @@ class TempCachePaper(SlotPolicy):
         match_space: compare before RoPE (raw) or after it (roped).
         key: which key a group keeps: the most recent (the paper), the mean at the newest position, or the medoid
             of those that meet (the paper ablates both: 90 % / 75 % / 66 % recall).
+        value: the mean over the group (the paper, which does not ablate it), or the most recent one (last).
         log_count: add log m to the logits of merged slots.
         one_to_one: of several tokens that correspond to one key only the most similar merges; the others stay apart.
         sink_frames: first frames that never take part in a merge.
@@ -65,6 +66,7 @@ class TempCachePaper(SlotPolicy):
         match_by: Literal["query", "key"] = "query",
         match_space: MatchSpace = "raw",
         key: Representative = "last",
+        value: Literal["mean", "last"] = "mean",
         log_count: bool = True,
         one_to_one: bool = False,
         sink_frames: int = 0,
@@ -76,6 +78,7 @@ class TempCachePaper(SlotPolicy):
         check_choice("match_by", match_by, ("query", "key"))
         check_choice("match_space", match_space, ("raw", "roped"))
         check_choice("key", key, ("last", "mean", "medoid"))
+        check_choice("value", value, ("mean", "last"))
         if sink_frames < 0:
             raise ValueError(f"sink_frames must not be negative, got {sink_frames}")
         if error_target is not None and error_target < 0:
@@ -89,12 +92,22 @@ class TempCachePaper(SlotPolicy):
             match_by,
             match_space,
         )
-        self.key, self.log_count, self.one_to_one, self.sink_frames = key, log_count, one_to_one, sink_frames
+        self.key, self.value, self.log_count = key, value, log_count
+        self.one_to_one, self.sink_frames = one_to_one, sink_frames
         self.matcher = ExactMatcher() if matcher is None else matcher
 
     def settings(self) -> dict[str, Any]:
         """What decides, beside the threshold, what merges and what that costs."""
-        named = ("similarity", "match_by", "match_space", "key", "log_count", "one_to_one", "sink_frames")
+        named = (
+            "similarity",
+            "match_by",
+            "match_space",
+            "key",
+            "value",
+            "log_count",
+            "one_to_one",
+            "sink_frames",
+        )
         own = {name: getattr(self, name) for name in named}
         return own | {"matcher": type(self.matcher).__name__, "slot_bits": self._format.bits}
 
@@ -215,7 +228,7 @@ class TempCachePaper(SlotPolicy):
         value = self._format.unpack("value", both.fields, torch.float32).flatten(0, 1)
         merged_value, mass = group_mean(value, root, weight, 2 * tokens)
         changed = mass > weight
-        fields = self._packed_where(changed, "value", merged_value, both)
+        fields = self._packed_where(changed, "value", merged_value, both) if self.value == "mean" else {}
         fields["count"] = mass.round().to(torch.int32).unflatten(0, shape)
         keys = torch.cat([past, own], 1)
         if self.key == "mean":
