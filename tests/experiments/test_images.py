@@ -111,10 +111,10 @@ def test_the_condition_is_of_the_image_and_grey_frames(composed: Compose) -> Non
 
 
 def test_methods_are_compared_on_images(composed: Compose, tmp_path: Path) -> None:
-    settings = ["source=prompts", "seeds=1", "prefill_frames=0", "protocols=[C]", "method=[dense,empty]"]
+    settings = ["source=prompts", "seeds=1", "prefill_frames=0", "protocols=[B,C]", "method=[dense,empty]"]
     compare(composed("i2v", *settings, "metrics=fast", name="compare"), report=False)
     runs = load_runs(tmp_path / "outputs")
-    assert set(runs["status"]) == {"done"} and len(runs) == 2
+    assert set(runs["status"]) == {"done"} and len(runs) == 4
     assert all(config["data"]["image_encoder"] for config in identities(tmp_path))
 
 

@@ -291,10 +291,6 @@ class Comparison:
         check_source(config.data, config.source, self.session.backbone.config)
         if config.source == SOURCE:
             self.session.eyes()
-            if {"A", "B"} & set(config.protocols) and not config.prefill_frames:
-                raise ValueError(
-                    "protocols A and B begin after given frames: set protocols=[C], or take prompts with a start"
-                )
         for method in self.methods.values():
             if method.engine != "auto":
                 engines.get(method.engine)
