@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastar import engines, interruption
 from fastar.compare import methods as method_nodes
-from fastar.compare.clips import AnyClips, check_source, load_clips
+from fastar.compare.clips import RENDERED, AnyClips, check_source, load_clips
 from fastar.compare.command import CAN_BE_PUT_RIGHT
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
@@ -308,7 +308,7 @@ class Comparison:
                 f"seeds must be a positive number or a list of different numbers, got {config.seeds}"
             )
         for name in ("batch", "save_every", "frames", "prefill_frames"):
-            if config[name] < 1 and (name != "prefill_frames" or config.source != SOURCE):
+            if config[name] < 1 and (name != "prefill_frames" or config.source in RENDERED):
                 raise ValueError(f"{name} must be at least 1, got {config[name]}")
         for name in ("prefill_frames", "frames"):
             if config[name] % chunk:
