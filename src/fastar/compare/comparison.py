@@ -20,6 +20,7 @@ from fastar.compare.clips import RENDERED, AnyClips, check_source, load_clips
 from fastar.compare.command import CAN_BE_PUT_RIGHT
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
+from fastar.compare.played import PLAYED, played_clip
 from fastar.compare.prompt_clips import SOURCE, clips_of_seeds
 from fastar.compare.runs import ComparisonRuns
 from fastar.compare.scores import Scorer
@@ -275,6 +276,8 @@ class Comparison:
         config = self.config
         if config.source == SOURCE:
             return clips_of_seeds(config, self.session, seeds)
+        if config.source == PLAYED:
+            return played_clip(config, self.session.backbone.config, seeds)
         return load_clips(
             config.data, config.source, seeds, prefill=config.prefill_frames, generated=config.frames
         )
@@ -289,7 +292,7 @@ class Comparison:
         config, chunk = self.config, self.session.chunk
         check_measures(self.metrics)
         check_source(config.data, config.source, self.session.backbone.config)
-        if config.source == SOURCE:
+        if config.source in (SOURCE, PLAYED):
             self.session.eyes()
         for method in self.methods.values():
             if method.engine != "auto":
