@@ -14,6 +14,11 @@ from fastar.results.figures import RESULTS
 
 SPEED = RESULTS / "speed"
 HISTORY = 84  # latent frames that a budget is a share of
+# Denoising steps of the loops in conf/rollout, for records of loops that do not say theirs.
+STEPS = {
+    "self_forcing": 4, "causvid": 3, "longlive": 4, "longlive_infinity": 4, "rolling_forcing": 5,
+    "diffusion_forcing": 30, "matrix_game_2": 3,
+}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -127,11 +132,13 @@ def commits() -> None:
 
 def loops() -> None:
     """Every loop with the methods that were run on it: frames a second and peak memory."""
-    names = ("loops", "loops_skyreels", "loops_matrix_game_2", "loops_wan_14b")
+    names = sorted(path.stem for path in SPEED.glob("loops*.json"))
     lines = [
         {
             "backbone": row["backbone"],
             "loop": row["loop"],
+            "frames": str(row["latent_frames"]),
+            "steps": str(row.get("steps", STEPS[row["loop"]])),
             "method": row["method"],
             "frames/s": f"{row['fps']:.1f}" if not row.get("reason") else "–",
             "peak (GiB)": f"{row['peak_allocated'] / 2**30:.1f}" if not row.get("reason") else "–",
@@ -141,9 +148,8 @@ def loops() -> None:
         for row in rows_of(name)
         if "loop" in row
     ]
-    write(
-        "loops", lines, "Random weights and noise, 21 latent frames, not captured. " + made_on("loops") + "."
-    )
+    note = "Random weights and noise, `frames` latent frames, not captured. "
+    write("loops", lines, note + made_on("loops") + ".")
 
 
 def parts() -> None:

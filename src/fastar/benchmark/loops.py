@@ -70,7 +70,7 @@ class Given:
 
 
 def run_loops(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
-    """The mode `loops`: rows backbone, loop, method, budget, and what was measured or the reason why nothing was.
+    """The mode `loops`: rows backbone, loop, steps, method, budget, and what was measured or the reason why nothing.
 
     Of the chunks after the first: `fps` is video frames a second of denoising and commits, `fps_end_to_end` of wall
     time, `fps_median` that of the median chunk. Bytes that were allocated at most count the weights. `finite` says
@@ -105,7 +105,8 @@ def run_loops(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     rows: Rows = []
     with _few_to_collect():
         for loop, looped, variant in _pairs(config, session):
-            row = named | {"loop": loop, "method": variant.name, "budget": variant.budget}
+            row = named | {"loop": loop, "steps": len(looped.loop.timesteps)}
+            row |= {"method": variant.name, "budget": variant.budget}
             row |= _measured(looped, variant, given, frames, config)
             rows.append(row)
             page.say(f"{loop}, {variant.label}: " + (row["reason"] or f"{row['fps']:.4g} frames/s"))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fastar import engines, interruption
 from fastar.compare import methods as method_nodes
-from fastar.compare.clips import AnyClips, check_source, load_clips
+from fastar.compare.clips import RENDERED, AnyClips, check_source, load_clips
 from fastar.compare.command import CAN_BE_PUT_RIGHT
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
+from fastar.compare.played import PLAYED, played_clip
 from fastar.compare.prompt_clips import SOURCE, clips_of_seeds
 from fastar.compare.runs import ComparisonRuns
 from fastar.compare.scores import Scorer
@@ -275,6 +276,8 @@ class Comparison:
         config = self.config
         if config.source == SOURCE:
             return clips_of_seeds(config, self.session, seeds)
+        if config.source == PLAYED:
+            return played_clip(config, self.session.backbone.config, seeds)
         return load_clips(
             config.data, config.source, seeds, prefill=config.prefill_frames, generated=config.frames
         )
@@ -289,12 +292,8 @@ class Comparison:
         config, chunk = self.config, self.session.chunk
         check_measures(self.metrics)
         check_source(config.data, config.source, self.session.backbone.config)
-        if config.source == SOURCE:
+        if config.source in (SOURCE, PLAYED):
             self.session.eyes()
-            if {"A", "B"} & set(config.protocols) and not config.prefill_frames:
-                raise ValueError(
-                    "protocols A and B begin after given frames: set protocols=[C], or take prompts with a start"
-                )
         for method in self.methods.values():
             if method.engine != "auto":
                 engines.get(method.engine)
@@ -312,7 +311,7 @@ class Comparison:
                 f"seeds must be a positive number or a list of different numbers, got {config.seeds}"
             )
         for name in ("batch", "save_every", "frames", "prefill_frames"):
-            if config[name] < 1 and (name != "prefill_frames" or config.source != SOURCE):
+            if config[name] < 1 and (name != "prefill_frames" or config.source in RENDERED):
                 raise ValueError(f"{name} must be at least 1, got {config[name]}")
         for name in ("prefill_frames", "frames"):
             if config[name] % chunk:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastar.backbones.text import checksum_of
 from fastar.compare import methods as method_nodes
+from fastar.compare.played import PLAYED, played_identity
 from fastar.compare.prompt_clips import SOURCE, set_identity
 from fastar.compare.session import Session, passes_of
 from fastar.results import Run, RunStore, run_id
@@ -99,6 +100,8 @@ class ComparisonRuns:
         config = self.config
         if config.source == SOURCE:
             return set_identity(config)
+        if config.source == PLAYED:
+            return played_identity(config)
         data: Any = OmegaConf.to_container(config.data[config.source], resolve=True)
         if data.get("encoder"):
             data["encoder"] = checksum_of(data["encoder"]["folder"])

@@ -94,7 +94,10 @@ class Scorer:
         self._log(scores, chunk=start // self.session.chunk, frame=first)
 
     def cost(self, first: int, rollout: Rollout) -> None:
-        """Density, slots and bytes after the chunk at frame `first`; bytes are per video, with guidance both caches."""
+        """Density, slots and bytes after the chunk at frame `first`; bytes are per video, with guidance both caches.
+
+        Before anything is committed, in A and B from frame 0 on, there is nothing to have a share of: none is told.
+        """
         cache, batch = rollout.state.cache, len(rollout.seeds)
         transformer = self.session.backbone.config.transformer
         slots = dense_slots(frames=rollout.next_frame, tokens_per_frame=self.tokens)
@@ -105,10 +108,10 @@ class Scorer:
         values = {
             "cache_bytes": cache.bytes_used() / batch,
             "cache_slots": float(cache.slots_used()),
-            "byte_share": cache.bytes_used() / dense,
-            "slot_share": cache.slots_used() / slots,
             "density": self.density.curve()[-1].density,
         }
+        if rollout.next_frame:
+            values |= {"byte_share": cache.bytes_used() / dense, "slot_share": cache.slots_used() / slots}
         self.run.log(values, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
 
     def selection(self, first: int) -> None:
