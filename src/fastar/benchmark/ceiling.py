@@ -119,8 +119,8 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
         f"Alone: products of {config.matmul_size} x {config.matmul_size} matrices {c.matmul_tflops:.3g} TFLOP/s, "
         f"linears of a pass {c.linears_ms:.3g} ms ({c.linears_tflops:.3g} TFLOP/s), attention by {c.engine} on "
         f"{c.attention_keys:,} keys {c.attention_tflops:.3g} TFLOP/s, copies {c.copy_tb_s:.3g} TB/s. Contents: "
-        f"{len(shown):,} latent frames of {workload.contents.about}; {motion['distinct_frames']:.1%} of their frames are "
-        f"distinct, {motion['near_earlier']:.0%} of the tokens nearly equal one of the six latent frames before "
+        f"{len(shown):,} latent frames of {workload.contents.about}; {motion['distinct_frames']:.1%} of their frames "
+        f"are distinct, {motion['near_earlier']:.0%} of the tokens nearly equal one of the six latent frames before "
         f"(noise: {motion['near_earlier_noise']:.0%}).",
     )
     return ceiling
