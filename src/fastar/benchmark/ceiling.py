@@ -108,6 +108,7 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
         "execution": str(workload.execution),
         "chunk_tokens": workload.chunk_tokens,
         "contents": workload.contents.about,
+        "history_frames": config.history_frames,
         "motion": {"latent_frames": len(workload.motion.latents), "sha256": workload.motion.sha256} | motion,
     }
     c, shown = ceiling, workload.motion.latents
