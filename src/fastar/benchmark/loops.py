@@ -23,10 +23,11 @@ from torch import Tensor
 from fastar.backbones import ImageCondition, Prompts
 from fastar.backbones.wan.actions import action_windows
 from fastar.backbones.wan.fused import Execution
+from fastar.benchmark.contents import random_prompts
 from fastar.benchmark.course import taken
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.timing import matmul_flops
-from fastar.benchmark.workload import Variant, execution_of, random_prompts, variants_of
+from fastar.benchmark.workload import Variant, execution_of, variants_of
 from fastar.cache.base import check_choice
 from fastar.compare.session import RANDOM, Session, open_session
 from fastar.metrics.efficiency import PassTimer, PeakMemory, rates

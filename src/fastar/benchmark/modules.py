@@ -126,7 +126,7 @@ def _passes(course: Course) -> list[float]:
         else:
             marks.append(time.perf_counter())
 
-    truth, actions = course.workload.truth(course.rollout), course.workload.actions()
+    truth, actions = course.workload.truth(course.rollout), course.workload.actions(course.rollout)
     mark()
     course.rollout.denoise(actions, on_step=mark)
     course.rollout.commit(truth, actions)
@@ -140,7 +140,7 @@ def _passes(course: Course) -> list[float]:
 def _one_chunk(course: Course) -> Callable[[], None]:
     """Makes the next chunk, without a timer, which waits."""
     workload, rollout = course.workload, course.rollout
-    truth, actions = workload.truth(rollout), workload.actions()
+    truth, actions = workload.truth(rollout), workload.actions(rollout)
 
     def make() -> None:
         rollout.denoise(actions)

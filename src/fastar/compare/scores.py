@@ -63,6 +63,10 @@ class Scorer:
         always: list[Recorder] = [self.density, self.fill]
         return always if self.prompt is None else [*always, self.prompt_density, self.prompt]
 
+    def counters(self, capture: bool) -> list[Recorder]:
+        """What has to see the attention calls of protocols B and C; nothing sees those of captured passes."""
+        return [] if capture else [self.density]
+
     def started(self, rollout: Rollout) -> None:
         """Record which engine `auto` became, and why not one that is known to be faster."""
         self.run.summary["engine"] = rollout.state.engine
@@ -108,10 +112,11 @@ class Scorer:
         values = {
             "cache_bytes": cache.bytes_used() / batch,
             "cache_slots": float(cache.slots_used()),
-            "density": self.density.curve()[-1].density,
         }
         if rollout.next_frame:
             values |= {"byte_share": cache.bytes_used() / dense, "slot_share": cache.slots_used() / slots}
+        if any(recorder is self.density for recorder in rollout.state.recorders):
+            values["density"] = self.density.curve()[-1].density
         self.run.log(values, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
 
     def selection(self, first: int) -> None:
