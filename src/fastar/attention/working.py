@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastar import engines
+from fastar.attention.packed import PackedKeys, PackedPast
 from fastar.cache.base import CachePolicy
 from fastar.engines.augmented import write_log_counts
 from fastar.engines.plan import BlockPlan
@@ -45,16 +46,26 @@ class WorkingKeys:
         return self.k[..., : self.head_dim]
 
     @property
-    def is_augmented(self) -> bool:
-        """Whether the keys carry their log-counts."""
-        return self.k.shape[-1] > self.head_dim
+    def total(self) -> int:
+        """S + L."""
+        return self.k.shape[2]
+
+    @property
+    def current(self) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, L, W] and values [B, H, L, D] of the current tokens, to be written."""
+        return self.k[:, :, self.cached :], self.v[:, :, self.cached :]
+
+    def seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B, H, S + L, D] and log-counts, for those who look on."""
+        return self.own_keys, self.v, self.log_count
 
     def attend(self, q: Tensor, plan: BlockPlan | None, engine: str) -> Tensor:
-        """Attention of q [B, H, Lq, W] over these keys: [B, H, Lq, D]."""
-        log_count = None if self.is_augmented else self.log_count
-        head_dim = self.head_dim if self.is_augmented else None
+        """Attention of q [B, H, Lq, W] over these keys: [B, H, Lq, D]. Queries of D leave out what keys carry."""
+        keys, log_count, head_dim = self.own_keys, self.log_count, None
+        if q.shape[-1] > self.head_dim:
+            keys, log_count, head_dim = self.k, None, self.head_dim
         return engines.attend(
-            q, self.k, self.v, log_count=log_count, plan=plan, head_dim=head_dim, engine=engine
+            q, keys, self.v, log_count=log_count, plan=plan, head_dim=head_dim, engine=engine
         )[0]
 
     def until(self, keys: int) -> WorkingKeys:
@@ -95,16 +106,19 @@ class OrderedKeys:
 class WorkingMemory:
     """The working keys of all layers, filled once a chunk and layer, at addresses that stay while sizes do.
 
-    They lie in the cache itself if it has room for them (`CachePolicy.room`), else in a copy. Layers whose plans are
-    kept for later passes have another copy, in the order of the plan: what is cached is put in order once a chunk.
+    They lie in the cache itself if it has room for them (`CachePolicy.room`), else in a copy; `packed` slots stay where
+    they are, and the current tokens are apart. Layers whose plans are kept for later passes have another copy, in the
+    order of the plan: what is cached is put in order once a chunk.
 
     Args:
         cache: whose past is read.
         key_width: W, as the attention engine wants it.
+        packed: whether slots of 8 or 4 bits are read as they are stored (`fastar.attention.packed`).
     """
 
-    def __init__(self, cache: CachePolicy, key_width: int) -> None:
-        self.cache, self.key_width = cache, key_width
+    def __init__(self, cache: CachePolicy, key_width: int, *, packed: bool = False) -> None:
+        self.cache, self.key_width, self.packed = cache, key_width, packed
+        self._pasts: dict[int, PackedPast] = {}
         self._current: dict[int, WorkingKeys] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._ordered: dict[int, OrderedKeys] = {}
@@ -113,10 +127,17 @@ class WorkingMemory:
     def forget(self) -> None:
         """Read the cache once more in the next pass."""
         self._current.clear()
+        self._pasts.clear()
         self._ordered.clear()
 
-    def of(self, layer: int, like: Tensor) -> WorkingKeys:
+    def of(self, layer: int, like: Tensor) -> WorkingKeys | PackedKeys:
         """The layer's past, with room for as many tokens as `like` [B, H, L, D] has, in its dtype."""
+        if self.packed:
+            past = self._pasts.get(layer)
+            if past is None:
+                past = self._pasts[layer] = PackedPast.of(self.cache.stored(layer))
+            self._check(like)
+            return PackedKeys(past, like.new_empty(like.shape), like.new_empty(like.shape))
         working = self._current.get(layer)
         if working is None or working.k.shape[2] - working.cached != like.shape[2]:
             working = self._current[layer] = self._fill(layer, like)
@@ -141,13 +162,17 @@ class WorkingMemory:
         copies = [*self._copies.values(), *self._ordered_copies.values()]
         return sum(x.nbytes for pair in copies for x in pair)
 
-    def _fill(self, layer: int, like: Tensor) -> WorkingKeys:
+    def _check(self, like: Tensor) -> None:
+        """Raise a ValueError if `like` is not what the cache's slots go with."""
         spec = self.cache.spec
         expected = (spec.batch, spec.num_heads, like.shape[2], spec.head_dim)
         if tuple(like.shape) != expected:
             raise ValueError(
                 f"keys must be {expected} (batch, heads, tokens, head dim), got {tuple(like.shape)}"
             )
+
+    def _fill(self, layer: int, like: Tensor) -> WorkingKeys:
+        self._check(like)
         room, view = self.cache.room(layer, like.shape[2]), self.cache.view(layer)
         cached = view.k.shape[2]
         if room is None:

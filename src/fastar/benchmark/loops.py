@@ -152,6 +152,7 @@ def _measured(
     try:
         rollout, captured = _start(session, variant, given, frames, config.capture)
         row |= {"engine": rollout.state.engine, "captured": captured}
+        row["slots_read"] = rollout.state.slots_read
         timer = _run(rollout, session, given, frames, config.video_stride)
         first, *later = timer.chunks
         speed = rates(later or [first])

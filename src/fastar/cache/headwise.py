@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Staged, at_once
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Packing, Staged, at_once
 from fastar.cache.budget import Budget, BudgetedPolicy
 from fastar.cache.head_errors import HeadErrors
 from fastar.cache.lineage import Lineage, PartOfHeads
@@ -197,6 +197,16 @@ class HeadwiseCache(CachePolicy):
             log_count[:, heads, :size] = 0 if view.log_count is None else view.log_count
             even &= size == shape[2] and view.log_count is None
         return CacheView(k, v, None if even else log_count, positions)
+
+    @property
+    def packing(self) -> Packing | None:
+        found = [group.policy.packing for group in self.groups]
+        packings = [packing for packing in found if packing is not None]
+        if not packings:
+            return None
+        asking = [packing for packing in packings if packing.read == "packed"] or packings
+        copies = sum(packing.copy_bytes or 0 for packing in packings)
+        return replace(asking[0], copy_bytes=copies, obstacle="each group of heads has slots of its own")
 
     def drop_from(self, first_frame: int) -> None:
         for group in self.groups:
