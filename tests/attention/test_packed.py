@@ -14,13 +14,12 @@ from torch import Tensor
 
 from fastar.ann import LSHBucketizer
 from fastar.attention.events import AttendEvent
-from fastar.attention.packed import reading_of
+from fastar.attention.reading import reading_of
 from fastar.attention.rope import RotaryEmbedding
 from fastar.attention.state import AttentionState
-from fastar.backbones import Backbone
 from fastar.cache import CachePolicy, DenseCache, HeadwiseCache, StockWindow, TempCache, WindowCache
 from fastar.cache.base import CacheSpec, StoredView
-from fastar.sparsity import AnnSA, Dense, DenseCross
+from fastar.sparsity import AnnSA, Dense, DenseCross, Selector
 from tests.engines.test_engines import TOLERANCE, relative_error
 from tests.rollout.test_capture import rollout_of, video
 from tests.small import (
@@ -65,7 +64,7 @@ def test_the_results_are_those_of_unpacked_slots(name: str, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(StoredView, "unpacked", lambda *_: pytest.fail("slots were unpacked"))
         found = run(rollout, history=4, generated=4)
-    assert rollout.state.slots_read == "packed: asked for" and rollout.state.working_bytes() == 0
+    assert rollout.state.reading.slots == "packed: asked for" and rollout.state.working_bytes() == 0
     if name.endswith("tempcache"):
         assert rollout.state.cache.stored(0).log_count.max() > 0, "slots have merged"  # type: ignore[union-attr]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -119,8 +118,14 @@ def test_who_decides_and_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> No
     )
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
 
-    def said(policy: CachePolicy, *, device: torch.device = gpu, dtype: torch.dtype = torch.bfloat16) -> str:
-        return str(reading_of(policy, Dense(), device, dtype))
+    def said(
+        policy: CachePolicy, *, device: torch.device = gpu, dtype: torch.dtype = torch.bfloat16,
+        selector: Selector | None = None,
+    ) -> str:  # fmt: skip
+        reading = reading_of(policy, selector or Dense(), "sdpa", device, dtype)
+        assert reading.heads is None and reading.record["slots_read"] == reading.slots
+        assert reading.packed == str(reading.slots).startswith("packed")
+        return str(reading.slots)
 
     window = bound(WindowCache(budget_frames=4, slot_bits=4))
     slots = window.capacity_slots()  # type: ignore[attr-defined]
@@ -144,7 +149,7 @@ def test_who_decides_and_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> No
     assert said(wide) == "unpacked: it takes heads of 16, 32, 64 or 128 numbers, not 24"
     assert said(bound(WindowCache(budget_frames=4))) == "None"
     sparse = AnnSA(bucketizer=LSHBucketizer(bits=3))
-    assert str(reading_of(window, sparse, gpu, torch.bfloat16)).startswith("unpacked: AnnSA puts keys")
+    assert said(window, selector=sparse).startswith("unpacked: AnnSA puts keys")
 
 
 def test_what_cannot_be_read_packed_is_refused() -> None:
@@ -170,35 +175,59 @@ def test_what_cannot_be_read_packed_is_refused() -> None:
 # -- heads of 128 in bfloat16, on a GPU --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def wide() -> Backbone:
-    """Two heads of 128, 6 layers' worth of cache."""
-    backbone = text_backbone(dim=256)
-    backbone.transformer.to("cuda", torch.bfloat16)
-    return backbone
+def gpu_state(
+    cache: CachePolicy, engine: str, *, layers: int = 2, heads: int = 2, side: int = 8
+) -> AttentionState:
+    """Of heads of 128 and `side` x `side` tokens a frame."""
+    return AttentionState(
+        cache=cache, self_selector=Dense(), cross_selector=DenseCross(), engine=engine, rope=RotaryEmbedding(128),
+        grid=(side, side), num_layers=layers, num_heads=heads, head_dim=128, batch=1, chunk_frames=CHUNK,
+        compute_dtype=torch.bfloat16, device=torch.device("cuda"),
+    )  # fmt: skip
+
+
+def chunk_of(state: AttentionState, chunk: int) -> list[Tensor]:
+    """What attention gives in a denoising pass and a commit of random vectors, the same whatever it gives."""
+    spec, loop, outs = state.cache.spec, small_loop(), []
+    generator = torch.Generator("cuda").manual_seed(chunk)
+    tokens = CHUNK * spec.tokens_per_frame
+    for context in (next(iter(loop.denoise_passes(chunk * CHUNK))), loop.commit_pass(chunk * CHUNK)):
+        state.begin_pass(context)
+        for layer in range(spec.num_layers):
+            qkv = torch.randn(3, 1, spec.num_heads, tokens, 128, generator=generator, device="cuda")
+            outs.append(state.attend("self", layer, *qkv.bfloat16()))
+        state.end_pass()
+    return outs
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("policy", [WindowCache, TempCache])
-def test_a_rollout_on_a_gpu(policy: type[CachePolicy], bits: int, wide: Backbone) -> None:
-    make = partial(policy, budget_frames=8, slot_bits=bits)
-    videos = [
-        video(rollout_of(wide, partial(make, read_slots=how), capture=False), 30)
+def test_attention_of_packed_slots_on_a_gpu(policy: Callable[..., CachePolicy], bits: int) -> None:
+    """While the cache fills, is full and merges."""
+    packed, unpacked = (
+        gpu_state(policy(budget_frames=5, slot_bits=bits, read_slots=how), "sdpa")
         for how in ("packed", "unpacked")
-    ]
-    first = [x[:, :12].float() for x in videos]  # later ones differ by what bfloat16 made of the earlier ones
-    assert (first[0] - first[1]).norm() < 0.02 * first[1].norm()
+    )
+    assert packed.reading.packed and not unpacked.reading.packed
+    for chunk in range(14):
+        for out, expected in zip(chunk_of(packed, chunk), chunk_of(unpacked, chunk), strict=True):
+            # both round to bfloat16 on the way
+            assert relative_error(out, expected) < 2 * TOLERANCE[torch.bfloat16], chunk
+    capacity = packed.cache.capacity_slots()  # type: ignore[attr-defined]
+    assert packed.cache.slots_used() == capacity < 14 * CHUNK * 64
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("policy", [WindowCache, TempCache])
 def test_graphs_give_the_same_bits_and_wait_for_nothing(
-    policy: type[CachePolicy], bits: int, wide: Backbone
+    policy: Callable[..., CachePolicy], bits: int
 ) -> None:
-    make = partial(policy, budget_frames=5, slot_bits=bits, read_slots="packed")
-    plain, captured = (rollout_of(wide, make, capture=flag) for flag in (False, True))
+    backbone = text_backbone(dim=256)  # two heads of 128
+    backbone.transformer.to("cuda", torch.bfloat16)
+    make = partial(policy, budget_frames=6, slot_bits=bits, read_slots="packed")
+    plain, captured = (rollout_of(backbone, make, capture=flag) for flag in (False, True))
     assert torch.equal(video(plain, 42), video(captured, 42))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -208,39 +237,28 @@ def test_graphs_give_the_same_bits_and_wait_for_nothing(
         torch.cuda.set_sync_debug_mode("default")
 
 
-def fill_and_pass(how: str) -> tuple[int, CachePolicy, Tensor]:
-    """Most bytes allocated while a full cache of 4 layers of 12 heads is read and written, the cache, and attention."""
+def most_bytes(how: str) -> tuple[int, CachePolicy, Tensor]:
+    """Bytes allocated at the peak of a chunk with a full cache of 4 layers of 12 heads, the cache, and attention."""
     gc.collect()
-    before, tokens = torch.cuda.memory_allocated(), 256
+    before = torch.cuda.memory_allocated()
     cache = WindowCache(budget_frames=16, slot_bits=4, read_slots=how)  # type: ignore[arg-type]
-    state = AttentionState(
-        cache=cache, self_selector=Dense(), cross_selector=DenseCross(), engine="sdpa", rope=RotaryEmbedding(128),
-        grid=(16, 16), num_layers=4, num_heads=12, head_dim=128, batch=1, chunk_frames=CHUNK,
-        compute_dtype=torch.bfloat16, device=torch.device("cuda"),
-    )  # fmt: skip
-    loop, generator = small_loop(), torch.Generator("cuda").manual_seed(0)
-    filling = cache.capacity_slots() // (CHUNK * tokens) + 1
-    for chunk in range(filling + 1):
-        passes = [loop.commit_pass(chunk * CHUNK)]
-        if chunk == filling:
-            torch.cuda.reset_peak_memory_stats()
-            passes.insert(0, next(iter(loop.denoise_passes(chunk * CHUNK))))
-        for context in passes:
-            state.begin_pass(context)
-            for layer in range(4):
-                qkv = torch.randn(3, 1, 12, CHUNK * tokens, 128, generator=generator, device="cuda")
-                out = state.attend("self", layer, *qkv.bfloat16())
-            state.end_pass()
+    state = gpu_state(cache, "sdpa", layers=4, heads=12, side=16)
+    filling = cache.capacity_slots() // (CHUNK * 256) + 1
+    for chunk in range(filling):
+        chunk_of(state, chunk)
+    torch.cuda.reset_peak_memory_stats()
+    out = chunk_of(state, filling)[0]
     return torch.cuda.max_memory_allocated() - before, cache, out
 
 
 @pytest.mark.gpu
 def test_no_pass_holds_a_copy_of_the_cache() -> None:
-    peak, cache, out = fill_and_pass("packed")
-    copies, codes = cache.packing.copy_bytes, cache.bytes_used()  # type: ignore[union-attr]
-    assert copies is not None and codes < copies / 3
+    peak, cache, out = most_bytes("packed")
+    assert cache.packing is not None and cache.packing.copy_bytes is not None
+    copies, codes = cache.packing.copy_bytes, cache.bytes_used()
+    assert codes < copies / 3
     assert codes < peak < codes + copies / 4, "a chunk of every layer, and the codes of one layer that move"
     del cache
-    other, _, expected = fill_and_pass("unpacked")
+    other, _, expected = most_bytes("unpacked")
     assert other > codes + copies
     assert relative_error(out, expected) < 2 * TOLERANCE[torch.bfloat16]

@@ -7,52 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastar.cache.base import CachePolicy, StoredView
-from fastar.engines.auto import reads_packed
-from fastar.engines.packed import Packed, attend_packed, beside_slots, unfit
+from fastar.cache.base import StoredView
+from fastar.engines.packed import Packed, attend_packed, beside_slots
 from fastar.engines.plan import BlockPlan
-from fastar.sparsity import Dense, Selector
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How attention reads slots of 8 or 4 bits, and why so."""
-
-    packed: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{'packed' if self.packed else 'unpacked'}: {self.reason}"
-
-
-def reading_of(
-    cache: CachePolicy, selector: Selector, device: torch.device, dtype: torch.dtype
-) -> Reading | None:
-    """How a rollout reads the slots of `cache`, decided once; None if there is nothing to decide.
-
-    Args:
-        cache: bound. What it asks for is `SlotPolicy.read_slots`.
-        selector: of its self-attention: plans put keys in an order, which is done to a copy.
-        device, dtype: that attention is computed on and in.
-
-    Raises:
-        ValueError: packed slots are asked for and cannot be read.
-    """
-    packing, head_dim = cache.packing, cache.spec.head_dim
-    if packing is None:
-        return None
-    if packing.read == "unpacked":
-        return Reading(False, "asked for")
-    reason = packing.obstacle or unfit(device, dtype, head_dim, packing.format.group)
-    if not isinstance(selector, Dense):
-        reason = f"{type(selector).__name__} puts keys in the order of its plans"
-    if packing.read == "packed":
-        if reason is not None:
-            raise ValueError(f"slots cannot be read packed: {reason}; set read_slots to auto or unpacked")
-        return Reading(True, "asked for")
-    return (
-        Reading(False, reason) if reason is not None else Reading(*reads_packed(device, packing.copy_bytes))
-    )
 
 
 @dataclass(frozen=True)

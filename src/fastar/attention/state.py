@@ -16,9 +16,10 @@ from fastar import engines
 from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
-from fastar.attention.packed import PackedKeys, reading_of
+from fastar.attention.packed import PackedKeys
 from fastar.attention.place import Placement
 from fastar.attention.places import PlaceMemory, Places
+from fastar.attention.reading import reading_of
 from fastar.attention.request import request_of
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
@@ -38,8 +39,8 @@ class AttentionState:
         self_selector: which pairs of the self stream are computed.
         cross_selector: which text tokens are kept.
         engine: name of an attention engine, or `auto` (chosen once, see `self.engine`; `self.passed_over` says why not
-            one that is known to be faster). Slots of 8 or 4 bits are read as `self.reading` says, packed ones by a
-            kernel of their own.
+            one that is known to be faster). `self.reading` says how it reads the cache: packed slots by a kernel of
+            their own.
         rope, grid: the backbone's rotary embedding and tokens per frame (rows, columns).
         num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the calls to come.
         recorders: see every attention call.
@@ -99,18 +100,8 @@ class AttentionState:
                     key_width=key_width,
                 )
             )
-        self.reading = reading_of(self.cache, self_selector, device, compute_dtype)
-        self._memory = WorkingMemory(cache, key_width, packed=self.reads_packed)
-
-    @property
-    def reads_packed(self) -> bool:
-        """Whether attention reads slots as they are stored."""
-        return self.reading is not None and self.reading.packed
-
-    @property
-    def slots_read(self) -> str | None:
-        """How slots of 8 or 4 bits are read, and why, for the record; None: there are none."""
-        return None if self.reading is None else str(self.reading)
+        self.reading = reading_of(self.cache, self_selector, self.engine, device, compute_dtype)
+        self._memory = WorkingMemory(cache, key_width, packed=self.reading.packed, ragged=self.reading.ragged)
 
     def begin_pass(self, context: PassContext) -> None:
         """Announce the pass whose attention calls follow."""

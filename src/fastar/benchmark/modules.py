@@ -217,7 +217,7 @@ def _attend(event: AttendEvent, engine: str, state: AttentionState) -> Callable[
     Packed slots are those that the cache has by now.
     """
     q, k, v, log_count, plan = event.q, event.k, event.v, event.log_count, event.plan
-    if event.stream == "self" and state.reads_packed:
+    if event.stream == "self" and state.reading.packed:
         past, own = PackedPast.of(state.cache.stored(event.layer)), event.current_keys
         packed = PackedKeys(past, k[:, :, -own:], v[:, :, -own:])
         return lambda: packed.attend(q, plan, engine)

@@ -152,7 +152,7 @@ class _Table:
             "cache_slots": cache.slots_used(),
             "layers": workload.layers,
             "engine": course.rollout.state.engine,
-            "slots_read": course.rollout.state.slots_read,
+            **course.rollout.state.reading.record,
             "captured": course.captured,
             "execution": str(workload.execution),
             "weights": workload.weights,

@@ -81,6 +81,7 @@ class CacheView:
             every slot is one token.
         positions: int64 [B, H, S, 3], (frame, row, column) that the key is roped to; None if S is 0.
         origins: the same, where the tokens stand in the video; None: `positions`.
+        lengths: int32 [B, H], slots that each head has; what is behind them has a log-count of -inf. None: all S.
     """
 
     k: Tensor
@@ -88,6 +89,7 @@ class CacheView:
     log_count: Tensor | None
     positions: Tensor | None
     origins: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ class CachePolicy(ABC):
         the cache, and is lost when it changes.
         """
         return None
+
+    @property
+    def uneven(self) -> bool:
+        """Whether views may have `lengths`."""
+        return False
 
     @property
     def packing(self) -> Packing | None:

@@ -58,7 +58,7 @@ class SlotPolicy(CachePolicy):
         quant_group: numbers that share a scale in 8- and 4-bit slots; None means a whole head.
         read_slots: how attention reads 8- and 4-bit slots: `packed`, as they are, where it can, which needs a GPU, or
             `unpacked`, from a copy in the compute dtype, which is faster; `auto` decides once a rollout and says so
-            (`fastar.attention.packed`).
+            (`fastar.attention.reading`).
     """
 
     def __init__(
