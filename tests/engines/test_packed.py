@@ -106,13 +106,15 @@ def test_what_the_kernel_does_not_take(draw: Draw) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", [128, 64])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_geometry_of_wan(draw: Draw, bits: int) -> None:
-    """With the tile that is used there."""
+def test_the_geometry_of_wan(draw: Draw, bits: int, group: int) -> None:
+    """With the tile that is used there, and the groups of caches (128) and of the benchmark."""
     draw = dataclasses.replace(draw, device=torch.device("cuda"), dtype=torch.bfloat16)
     q, k, v = (draw.normal(1, 12, n, 128) for n in (700, 700, 700))
-    keys, k_past = packed(draw.normal(1, 12, 3000, 128), SlotFormat(bits), 4000)
-    values, v_past = packed(draw.normal(1, 12, 3000, 128), SlotFormat(bits), 4000)
+    form = SlotFormat(bits, group=group)
+    keys, k_past = packed(draw.normal(1, 12, 3000, 128), form, 4000)
+    values, v_past = packed(draw.normal(1, 12, 3000, 128), form, 4000)
     log_count = draw.log_count(1, 12, 3000)
     out, _ = attend_packed(q, keys, values, k, v, log_count=log_count)
     counts = torch.zeros(1, 12, 3700, device="cuda")

@@ -153,7 +153,7 @@ def _measured(
     row: dict[str, Any] = {"finite": None, "reason": None}
     try:
         rollout, captured = _start(session, variant, given, frames, config.capture)
-        row |= {"engine": rollout.state.engine, "captured": captured}
+        row |= {"engine": rollout.state.engine, "captured": captured, **rollout.state.reading.record}
         timer = _run(rollout, session, given, frames, config.video_stride)
         first, *later = timer.chunks
         speed = rates(later or [first])

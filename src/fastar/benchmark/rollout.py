@@ -152,6 +152,7 @@ class _Table:
             "cache_slots": cache.slots_used(),
             "layers": workload.layers,
             "engine": course.rollout.state.engine,
+            **course.rollout.state.reading.record,
             # while a cache grows every pass meets another layout, and runs as it is
             "captured": course.captured and bool(filled["full"]),
             "execution": str(workload.execution),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext
 from fastar.attention.rope import RotaryEmbedding
+from fastar.cache.slots import ReadSlots, SlotFormat, Slots
 
 if TYPE_CHECKING:
     from fastar.cache.lineage import Lineage
@@ -80,6 +81,7 @@ class CacheView:
             every slot is one token.
         positions: int64 [B, H, S, 3], (frame, row, column) that the key is roped to; None if S is 0.
         origins: the same, where the tokens stand in the video; None: `positions`.
+        lengths: int32 [B, H], slots that each head has; what is behind them has a log-count of -inf. None: all S.
     """
 
     k: Tensor
@@ -87,6 +89,7 @@ class CacheView:
     log_count: Tensor | None
     positions: Tensor | None
     origins: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,43 @@ class Room:
 
     k: Tensor
     v: Tensor
+
+
+@dataclass
+class StoredView:
+    """What attention reads of a layer's past as it lies in memory, valid until the next commit.
+
+    Attributes:
+        slots: S of them, keys and values packed as `format` says.
+        format: of keys and values.
+        log_count: as in `CacheView`.
+    """
+
+    slots: Slots
+    format: SlotFormat
+    log_count: Tensor | None
+
+    def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, D]."""
+        k, v = (self.format.unpack(name, self.slots.fields, dtype) for name in ("key", "value"))
+        return k, v
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Of a cache of 8- or 4-bit slots, which attention could read as the codes they are (`CachePolicy.stored`).
+
+    Attributes:
+        format: of the codes.
+        read: what the user asks for.
+        copy_bytes: of all keys and values that it may keep, in the compute dtype; None if they grow without bound.
+        obstacle: why `stored` is not to be had, if it is not.
+    """
+
+    format: SlotFormat
+    read: ReadSlots
+    copy_bytes: int | None
+    obstacle: str | None = None
 
 
 class CachePolicy(ABC):
@@ -149,6 +189,20 @@ class CachePolicy(ABC):
         the cache, and is lost when it changes.
         """
         return None
+
+    @property
+    def uneven(self) -> bool:
+        """Whether views may have `lengths`."""
+        return False
+
+    @property
+    def packing(self) -> Packing | None:
+        """What there is to know of slots of 8 or 4 bits; None: they have 16."""
+        return None
+
+    def stored(self, layer: int) -> StoredView:
+        """The slots of `view` as they lie in memory."""
+        raise ValueError(f"{type(self).__name__} has no slots that could be read as they are stored")
 
     @abstractmethod
     def stage(self, layer: int, staged: Staged) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Staged, at_once
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Packing, Staged, at_once
 from fastar.cache.budget import Budget, BudgetedPolicy
 from fastar.cache.head_errors import HeadErrors
 from fastar.cache.lineage import Lineage, PartOfHeads
@@ -40,9 +40,9 @@ class HeadwiseCache(CachePolicy):
     """Splits the budget over layers and heads by what they need, then leaves each group of heads to `policy`.
 
     What heads need comes from `HeadErrors`, measured once for a checkpoint (experiments/calibrate.py). In a layer whose
-    heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest: the budget
-    bounds the bytes that are kept, while the time of attention follows a layer's longest head. Every group calls its
-    layer 0: policies that draw lots by layer draw the same in all.
+    heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest and says how
+    many each head has (`CacheView.lengths`): engines that take lengths read no more (`fastar.attention.reading`).
+    Every group calls its layer 0: policies that draw lots by layer draw the same in all.
 
     Args:
         policy: makes the policy of a group, given `budget_bytes`.
@@ -188,15 +188,35 @@ class HeadwiseCache(CachePolicy):
         k, v = (longest.k.new_zeros(*shape, self.spec.head_dim) for _ in range(2))
         positions = longest.positions.new_zeros(*shape, 3)
         log_count = torch.full(shape, -torch.inf, device=k.device)
-        even = True
+        even, sizes = True, [0] * self.spec.num_heads
         for heads, view in views:
             size = view.k.shape[2]
+            for head in heads:
+                sizes[head] = size
             assert view.positions is not None  # all groups take in the same commits
             k[:, heads, :size], v[:, heads, :size] = view.k, view.v
             positions[:, heads, :size] = view.positions
             log_count[:, heads, :size] = 0 if view.log_count is None else view.log_count
             even &= size == shape[2] and view.log_count is None
-        return CacheView(k, v, None if even else log_count, positions)
+        lengths = None
+        if min(sizes) < max(sizes):
+            lengths = torch.tensor([sizes] * self.spec.batch, dtype=torch.int32, device=k.device)
+        return CacheView(k, v, None if even else log_count, positions, lengths=lengths)
+
+    @property
+    def uneven(self) -> bool:
+        held = [{group.policy.capacity_slots() for group in self._of(n)} for n in range(self.spec.num_layers)]
+        return any(len(sizes) > 1 for sizes in held)
+
+    @property
+    def packing(self) -> Packing | None:
+        found = [group.policy.packing for group in self.groups]
+        packings = [packing for packing in found if packing is not None]
+        if not packings:
+            return None
+        asking = [packing for packing in packings if packing.read == "packed"] or packings
+        copies = sum(packing.copy_bytes or 0 for packing in packings)
+        return replace(asking[0], copy_bytes=copies, obstacle="each group of heads has slots of its own")
 
     def drop_from(self, first_frame: int) -> None:
         for group in self.groups:

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Room, Staged, at_once
+from fastar.cache.base import (
+    CachePolicy,
+    CacheSpec,
+    CacheView,
+    Execute,
+    Packing,
+    Room,
+    Staged,
+    StoredView,
+    at_once,
+    check_choice,
+)
 from fastar.cache.buffers import SlotBuffers
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.lineage import Lineage, PartOfHeads
@@ -17,6 +28,7 @@ from fastar.cache.slots import (
     DTYPES,
     MAX_FRAME,
     MAX_SIDE,
+    ReadSlots,
     SlotFormat,
     Slots,
     pack_positions,
@@ -44,16 +56,30 @@ class SlotPolicy(CachePolicy):
         slot_bits: 16, or 8 and 4 for codes that are really packed in memory (see `SlotFormat`).
         storage: dtype of 16-bit slots: bfloat16, float16, or float32 where exactness is to be tested.
         quant_group: numbers that share a scale in 8- and 4-bit slots; None means a whole head.
+        read_slots: how attention reads 8- and 4-bit slots: `packed`, as they are, where it can, which needs a GPU, or
+            `unpacked`, from a copy in the compute dtype, which is faster; `auto` decides once a rollout and says so
+            (`fastar.attention.reading`).
     """
 
     def __init__(
-        self, *, slot_bits: int = 16, storage: str = "bfloat16", quant_group: int | None = None
+        self,
+        *,
+        slot_bits: int = 16,
+        storage: str = "bfloat16",
+        quant_group: int | None = None,
+        read_slots: ReadSlots = "auto",
     ) -> None:
         super().__init__()
+        check_choice("read_slots", read_slots, ("auto", "packed", "unpacked"))
         if storage not in DTYPES:
             raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(DTYPES)}")
         self._format = SlotFormat(slot_bits, DTYPES[storage], quant_group or 64)
         self._quant_group = quant_group
+        if read_slots == "packed" and slot_bits == 16:
+            raise ValueError(
+                "read_slots=packed needs slots of 8 or 4 bits: set slot_bits, or read_slots=auto"
+            )
+        self.read_slots = read_slots
         self._buffers = SlotBuffers()
         self._extras: list[dict[str, Tensor]] = []
         self._staged: dict[int, Staged] = {}
@@ -182,12 +208,25 @@ class SlotPolicy(CachePolicy):
         return (self.filled, self._buffers.generation)
 
     def view(self, layer: int) -> CacheView:
-        spec, slots = self.spec, self._buffers[layer].narrow(0, self.filled)
-        k, v = (self._format.unpack(name, slots.fields, spec.compute_dtype) for name in ("key", "value"))
+        spec, stored = self.spec, self.stored(layer)
+        k, v = stored.unpacked(spec.compute_dtype)
         if not self.filled:
             return CacheView(k, v, None, None)
-        positions = unpack_positions(slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
-        return CacheView(k, v, self._log_count(slots), positions)
+        positions = unpack_positions(stored.slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
+        return CacheView(k, v, stored.log_count, positions)
+
+    def stored(self, layer: int) -> StoredView:
+        slots = self._buffers[layer].narrow(0, self.filled)
+        return StoredView(slots, self._format, self._log_count(slots) if self.filled else None)
+
+    @property
+    def packing(self) -> Packing | None:
+        if self._format.bits == 16:
+            return None
+        spec, capacity = self.spec, self.capacity_slots()
+        slot = 2 * spec.batch * spec.num_heads * spec.head_dim * spec.compute_dtype.itemsize
+        copies = None if capacity is None else spec.num_layers * capacity * slot
+        return Packing(self._format, self.read_slots, copies)
 
     def room(self, layer: int, tokens: int) -> Room | None:
         if not self._read_in_place:

@@ -68,12 +68,14 @@ class Scorer:
         return [] if capture else [self.density]
 
     def started(self, rollout: Rollout) -> None:
-        """Record which engine `auto` became, and why not one that is known to be faster."""
+        """Record which engine `auto` became, why not one that is known to be faster, and how the cache is read."""
         self.run.summary["engine"] = rollout.state.engine
         if rollout.state.passed_over:
             self.run.summary["engines_passed_over"] = rollout.state.passed_over
         if rollout.state.engine_for_few_keys:
             self.run.summary["engine_for_few_keys"] = rollout.state.engine_for_few_keys
+        read = rollout.state.reading.record
+        self.run.summary.update({name: how for name, how in read.items() if how is not None})
 
     def chunk(self, first: int, latents: Tensor, shown: Tensor | None) -> None:
         """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, F, H, W, 3] or not at all."""
