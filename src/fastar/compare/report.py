@@ -67,9 +67,9 @@ class Report:
             console.print(to_rich(table, title=title))
         console.print(f"\ntables, plots and videos: {self.folder}", highlight=False, soft_wrap=True)
 
-    def mirror(self, sink: Sink, summary: Mapping[str, Any]) -> None:
-        """Hand everything to a sink, as a run of its own."""
-        sink.start(self.folder, summary)
+    def mirror(self, sink: Sink, summary: Mapping[str, Any], place: Path | None = None) -> None:
+        """Hand everything to a sink, as a run of its own, whose files go to `place`; None: beside the report."""
+        sink.start(place or self.folder, summary)
         for title, table in self.tables.items():
             sink.table(title, table)
         for name, path in self.images.items():

@@ -1,12 +1,15 @@
 """What the notebooks of analysis/ share: where results, figures and tables are, panels, how runs were made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
 
 from fastar.results.files import read_summary
 from fastar.results.loading import load_runs
@@ -51,6 +54,26 @@ def panels(
         panel.xaxis.label.set_fontsize(8.5)
         panel.yaxis.label.set_fontsize(8.5)
     return figure, axes.tolist()
+
+
+def strips(rows: Mapping[str, NDArray[np.uint8]], columns: Sequence[str], *, width: float = 9.0) -> Figure:
+    """A row of frames per label, [F, H, W, 3] each and all of one size, under the captions `columns`."""
+    height, across = next(iter(rows.values())).shape[1:3]
+    side = width / len(columns)
+    size = (width + 1.2, len(rows) * side * height / across + 0.3)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=size, dpi=150, layout=layout)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    assert isinstance(axes, np.ndarray)
+    for line, (label, frames) in zip(axes, rows.items(), strict=True):
+        for panel, frame in zip(line, frames, strict=True):
+            panel.imshow(frame, interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    for panel, caption in zip(axes[0], columns, strict=True):
+        panel.set_title(caption, fontsize=8)
+    return figure
 
 
 def publish(figure: Figure, name: str) -> Picture:

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastar.results.archive import ARCHIVE, unpack
 from fastar.results.files import ROWS, SUMMARY, TABLE, read_rows, read_summary
 from fastar.results.rows import SCHEMA, to_pandas, to_table
 
@@ -50,7 +51,7 @@ def load(
     _check_unique(runs)
     wanted = list(config)
     for number, (folder, summary) in enumerate(runs):
-        table = _rows_of(folder, summary, partial=partial)
+        table = rows_of(folder, summary, partial=partial)
         parts.append(table.append_column("run", pa.array([number] * len(table), pa.int64())))
     rows = to_pandas(pa.concat_tables(parts))
     described = pd.DataFrame([_describe(summary, wanted) for _, summary in runs])
@@ -87,13 +88,17 @@ def load_runs(
 def find_runs(pattern: str | Path | Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
     """Folder and summary of every run that `pattern` names, as `load` takes it, in the order of their folders.
 
+    Recorded runs that are packed (`fastar.results.archive`) are unpacked first.
+
     Raises:
-        ValueError: no runs are there, or one is damaged.
+        ValueError: no runs are there, one is damaged, or an archive is.
     """
     patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
     folders: set[Path] = set()
     for each in patterns:
         place = glob.escape(str(each)) if Path(each).is_dir() else each  # a folder may be called a[1]
+        for archive in _archives(str(place)):
+            unpack(archive.parent)
         files = glob.glob(f"{place}/{SUMMARY}", recursive=True) or glob.glob(
             f"{place}/**/{SUMMARY}", recursive=True
         )
@@ -108,6 +113,16 @@ def find_runs(pattern: str | Path | Sequence[str | Path]) -> list[tuple[Path, di
             f"no runs match {', '.join(map(str, patterns))}: give the folder of an experiment or a glob of it"
         )
     return found
+
+
+def _archives(place: str) -> set[Path]:
+    """Archives in, below and directly above the folders that `place`, a glob, stands for: a run may be named itself."""
+    above = str(Path(place).parent)
+    return {
+        Path(file)
+        for pattern in (f"{place}/**/{ARCHIVE}", f"{place}/{ARCHIVE}", f"{above}/{ARCHIVE}")
+        for file in glob.glob(pattern, recursive=True)
+    }
 
 
 def _check_unique(found: Sequence[tuple[Path, dict[str, Any]]]) -> None:
@@ -144,7 +159,8 @@ def _at(config: Any, path: str) -> Any:
     return config
 
 
-def _rows_of(folder: Path, summary: dict[str, Any], *, partial: bool) -> pa.Table:
+def rows_of(folder: Path, summary: dict[str, Any], *, partial: bool) -> pa.Table:
+    """Rows of one run, and one that stands for its failure; none of an unfinished one unless `partial`."""
     status = summary["status"]
     if status == "done":
         if not (folder / TABLE).exists():

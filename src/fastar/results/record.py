@@ -1,4 +1,4 @@
-"""Runs that a table or figure rests on, copied to where they are kept: settings and numbers, no videos, no states."""
+"""Runs that a table or figure rests on, copied to where they are kept: settings, numbers, perhaps some frames."""
 
 import json
 import shutil
@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastar.metrics.names import is_held, is_timing
+from fastar.results.archive import pack, unpack
 from fastar.results.files import PROMPT, SUMMARY, TABLE, atomic, read_summary, write_json
 from fastar.results.identity import run_id
 from fastar.results.loading import find_runs
 from fastar.results.rows import SCHEMA, to_pandas, write_table
+from fastar.results.stills import write_stills
 
 
 def record_runs(
@@ -24,10 +26,13 @@ def record_runs(
     timings: bool = True,
     curves: bool = True,
     together: bool = False,
+    stills: int = 0,
+    still_height: int = 48,
 ) -> list[Path]:
     """Copy every finished or failed run that `pattern` names to `target`/<run id>; returns the copies.
 
-    A run that is there already is replaced, unless it is done and the new one failed.
+    A run that is there already is replaced, unless it is done and the new one failed. All runs that `target` then holds
+    go into `target`/runs.tar.xz (`fastar.results.archive`), which is what to keep.
 
     Args:
         pattern: as of `fastar.results.load`.
@@ -37,10 +42,13 @@ def record_runs(
             cache holds, the last chunk's.
         together: True makes one run of all that differ in their one seed alone, as if it had made their clips: less to
             keep. It is named by its seeds, and says the environment of the first.
+        stills: how many frames of the first video that a run kept go with it, of `still_height` lines or somewhat more
+            (`fastar.results.stills`).
 
     Raises:
         ValueError: no runs are there, one is damaged, or none of them has come to an end.
     """
+    unpack(target)
     copies = []
     for run, summary in find_runs(pattern):
         if summary["status"] not in ("done", "failed"):
@@ -53,6 +61,8 @@ def record_runs(
         ):
             continue
         copy.mkdir(parents=True, exist_ok=True)
+        if stills:
+            write_stills(run, copy, stills, still_height)
         for name in (PROMPT, TABLE, SUMMARY):  # the summary last: it says that the table is complete
             if (run / name).exists():
                 with atomic(copy / name) as part:
@@ -65,7 +75,10 @@ def record_runs(
     if not copies:
         raise ValueError(f"no run in {pattern} has finished: nothing to record")
     copies = list(dict.fromkeys(copies))
-    return _joined(copies, target) if together else copies
+    if together:
+        copies = _joined(copies, target)
+    pack(target, [run for run in target.iterdir() if (run / SUMMARY).exists()])
+    return copies
 
 
 def _joined(runs: Sequence[Path], target: Path) -> list[Path]:
