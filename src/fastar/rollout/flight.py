@@ -34,7 +34,8 @@ class InFlight:
         """The chunk one step later, and the clean chunk that `velocity` [B, n, C, h, w] points to."""
         sigma = loop.timesteps[self.step] / 1000
         following = loop.timesteps[self.step + 1] / 1000 if self.step + 1 < len(loop.timesteps) else 0.0
-        clean, past = self.latents - sigma * velocity, ()
+        clean = self.latents - sigma * velocity
+        past: tuple[Tensor, ...] = ()
         if following == 0:
             latents = clean
         elif loop.solver == "unipc":

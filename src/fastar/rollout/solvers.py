@@ -42,9 +42,8 @@ def unipc_step(
     scheduler.timestep_list = [None] * order
     scheduler.last_sample = before
     scheduler.lower_order_nums = min(step, order)
-    scheduler.this_order = min(
-        step, order, len(timesteps) - step + 1
-    )  # of the step before, which is corrected now
+    # of the step before, which is corrected now
+    scheduler.this_order = min(step, order, len(timesteps) - step + 1)
     moved = scheduler.step(velocity, scheduler.timesteps[step], latents, return_dict=False)[0]
     known = [output for output in scheduler.model_outputs if output is not None]
     return moved, (scheduler.last_sample, *known)
