@@ -1,5 +1,6 @@
 """Comparisons with fused or captured passes: runs of their own, held against the plain dense rollout."""
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fastar.compare.job import compare
 from fastar.compare.session import open_session
 from fastar.compare.variants import variant_names
 from fastar.results import load, load_runs
-from tests.experiments.conftest import values
+from tests.experiments.conftest import ROOT, values
 
 Tiny = Callable[..., DictConfig]
 
@@ -43,7 +44,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fused_passes_are_runs_of_their_own(tiny: Tiny, tmp_path: Path, fused: None) -> None:
-    asked = ("method=[dense,window]", "prefill_frames=4", "frames=8", "videos=0")
+    asked = ("method=[dense,window]", "prefill_frames=4", "frames=8", "seeds=2", "batch=2", "videos=0")
     how, reference = "fused, linears=model", ("dense", "C", None)
     plain = planned(tiny(*asked, "protocols=[B,C]"))
     run(tiny(*asked, "protocols=[C]", "name=plain"))
@@ -59,14 +60,16 @@ def test_fused_passes_are_runs_of_their_own(tiny: Tiny, tmp_path: Path, fused: N
     assert values(dense[dense["passes"].notna()], "psnr/truth") != exact
     for protocol in "BC":  # held against the plain rollout, dense itself too
         errors = values(rows, "latent_error", method="dense", protocol=protocol)
-        assert len(errors) == 2 and min(errors) > 1e-5, protocol
+        assert len(errors) == 4 and min(errors) > 1e-5, protocol
     runs = load_runs(tmp_path / "compare", config=["execution.fused", "capture"])
     assert runs["execution.fused"].isna().sum() == 1 and (runs["execution.fused"] == True).sum() == 4  # noqa: E712
-    assert {*variant_names(made.runs, list(made.methods)).values()} == {
-        "dense",
-        f"dense passes={how}",
-        "window",
-    }
+    record = runpy.run_path(str(ROOT / "scripts/fidelity_record.py"))["record"](str(tmp_path / "compare"))
+    [line] = [row for row in record["rows"] if (row["method"], row["protocol"]) == ("window", "B")]
+    scores = values(rows, "psnr", method="window", protocol="B")
+    assert line["passes"] == how and line["psnr"][0] == pytest.approx(sum(scores) / 4, abs=1e-4)
+    assert record["card"]["clips"] == 2 and record["card"]["backbone"] == "tiny"
+    names = variant_names(made.runs, list(made.methods)).values()
+    assert {*names} == {"dense", f"dense passes={how}", "window"}
 
 
 @pytest.mark.parametrize(

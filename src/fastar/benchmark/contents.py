@@ -80,7 +80,7 @@ def _heldout(config: DictConfig, session: Session, latent_frames: int) -> Conten
         Motion(latents.half(), len(shown) / (number * length), sums.hexdigest()),
         clips.actions.flatten()[None],
         prompts,
-        f"{number} held-out clips",
+        f"{number} held-out clip{'s' if number > 1 else ''}",
     )
 
 

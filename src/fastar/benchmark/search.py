@@ -20,7 +20,7 @@ from fastar.ann.base import Excluded, Metric, seeded_planes
 from fastar.ann.lsh import mean_key
 from fastar.ann.similarity import random_directions
 from fastar.benchmark.page import Page, Rows
-from fastar.benchmark.workload import Variant, Workload, open_workload
+from fastar.benchmark.workload import Variant, Workload, open_workload, variants_of
 from fastar.cache import TempCache
 from fastar.cache.fused import FusedSlots, match
 
@@ -36,6 +36,8 @@ def run_search(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     Raises:
         ValueError: a method without a TempCache, one without full features to search by, or too short a recording.
     """
+    for variant in variants_of(config):
+        _searching(variant)  # what cannot be looked at says so before anything is opened
     chunk, asked = config.backbone.chunk_frames, config.search
     frames = chunk * -(-asked.frames // chunk)
     workload = open_workload(config, page, latent_frames=frames)
@@ -208,14 +210,20 @@ SEARCHES: dict[str, Search] = {
 """By the name of its row; LSH probes all codes one bit off, as conf/ann/lsh.yaml does."""
 
 
-def _watched(workload: Workload, variant: Variant, frames: int, asked: DictConfig) -> Judged:
-    """Commit `frames` latent frames by a method, its last commits judged."""
+def _searching(variant: Variant) -> TempCache:
+    """A fresh cache of a method whose searches can be looked at."""
     cache = variant.method.cache()
     if not isinstance(cache, TempCache) or cache.match_width is not None or cache.commit_by != "plain":
         raise ValueError(
             f"mode=search looks at the searches of plain commits by full features, which '{variant.name}' has not: "
             "set method=[tempcache]"
         )
+    return cache
+
+
+def _watched(workload: Workload, variant: Variant, frames: int, asked: DictConfig) -> Judged:
+    """Commit `frames` latent frames by a method, its last commits judged."""
+    cache = _searching(variant)
     tokens = workload.session.backbone.config.tokens_per_frame
     judged = cache.matcher = Judged(cache.matcher, tokens, asked.share)
     rollout, _ = workload.start(variant, capture=False, cache=cache)
