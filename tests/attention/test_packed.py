@@ -17,7 +17,15 @@ from fastar.attention.events import AttendEvent
 from fastar.attention.reading import reading_of
 from fastar.attention.rope import RotaryEmbedding
 from fastar.attention.state import AttentionState
-from fastar.cache import CachePolicy, DenseCache, HeadwiseCache, StockWindow, TempCache, WindowCache
+from fastar.cache import (
+    CachePolicy,
+    DenseCache,
+    HeadErrors,
+    HeadwiseCache,
+    StockWindow,
+    TempCache,
+    WindowCache,
+)
 from fastar.cache.base import CacheSpec, StoredView
 from fastar.sparsity import AnnSA, Dense, DenseCross, Selector
 from tests.engines.test_engines import TOLERANCE, relative_error
@@ -41,6 +49,13 @@ PACKED: dict[str, Callable[..., CachePolicy]] = {
     "int4 tempcache": partial(TempCache, budget_frames=4, slot_bits=4),
     "int8 dense": partial(DenseCache, slot_bits=8),
 }
+
+
+# layer 0: head 1 needs everything; layer 1: none needs much
+UNEVEN = HeadErrors(
+    frames=(2, 4, 12),
+    errors=(((0.01, 0.0, 0.0), (0.9, 0.9, 0.0)), ((0.02, 0.01, 0.0), (0.02, 0.01, 0.0))),
+)
 
 
 class Watcher:
@@ -160,7 +175,14 @@ def test_what_cannot_be_read_packed_is_refused() -> None:
     packed = {"slot_bits": 4, "read_slots": "packed"}
     refused: dict[str, Callable[[], CachePolicy]] = {
         "a stock window cuts": partial(StockWindow, attended_frames=4, **packed),
-        "each group of heads": partial(HeadwiseCache, policy=partial(WindowCache, **packed), budget_frames=4),
+        "heads have slots of different kinds": partial(
+            HeadwiseCache,
+            policy=partial(WindowCache, **packed),
+            local_policy=partial(WindowCache, slot_bits=8),
+            local_error=0.5,
+            head_errors=UNEVEN,
+            budget_frames=12,
+        ),
     }
     for reason, make in refused.items():
         with pytest.raises(ValueError, match=f"slots cannot be read packed: {reason}"):

@@ -220,6 +220,11 @@ class SlotPolicy(CachePolicy):
         return StoredView(slots, self._format, self._log_count(slots) if self.filled else None)
 
     @property
+    def buffers(self) -> SlotBuffers:
+        """Where slots lie."""
+        return self._buffers
+
+    @property
     def packing(self) -> Packing | None:
         if self._format.bits == 16:
             return None
