@@ -54,6 +54,11 @@ class CacheSpec:
         """Bytes of one latent frame in a dense bfloat16 cache, keys and values of all layers: the unit of budgets."""
         return 2 * 2 * self.num_layers * self.batch * self.num_heads * self.head_dim * self.tokens_per_frame
 
+    @property
+    def slot_copy_bytes(self) -> int:
+        """Bytes of a key and a value in the compute dtype, in all heads and batch entries of one layer."""
+        return 2 * self.batch * self.num_heads * self.head_dim * self.compute_dtype.itemsize
+
 
 @dataclass
 class Staged:

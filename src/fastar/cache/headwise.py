@@ -219,10 +219,8 @@ class HeadwiseCache(CachePolicy):
         alike = len(packings) == len(found) and len({packing.format for packing in packings}) == 1
         spec = self.spec
         longest = sum(max(g.policy.capacity_slots() for g in self._of(n)) for n in range(spec.num_layers))
-        slot = 2 * spec.batch * spec.num_heads * spec.head_dim * spec.compute_dtype.itemsize
-        return Packing(
-            packings[0].format, read, longest * slot, None if alike else "heads have slots of different kinds"
-        )
+        obstacle = None if alike else "heads have slots of different kinds"
+        return Packing(packings[0].format, read, longest * spec.slot_copy_bytes, obstacle)
 
     def stored(self, layer: int) -> StoredView:
         if not self._rows:
