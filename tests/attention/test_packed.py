@@ -73,12 +73,12 @@ def test_the_results_are_those_of_unpacked_slots(name: str, monkeypatch: pytest.
     """While caches fill and merge; and the packed rollout never asks for a slot in the compute dtype."""
     backbone = small_backbone()
     unpacked = small_rollout(backbone, partial(PACKED[name], read_slots="unpacked"))
-    expected = run(unpacked, history=4, generated=4)
+    expected = run(unpacked, history=8, generated=4)
     assert unpacked.state.working_bytes() > 0
     rollout = small_rollout(backbone, partial(PACKED[name], read_slots="packed"))
     with monkeypatch.context() as patch:
         patch.setattr(StoredView, "unpacked", lambda *_: pytest.fail("slots were unpacked"))
-        found = run(rollout, history=4, generated=4)
+        found = run(rollout, history=8, generated=4)
     assert rollout.state.reading.slots == "packed: asked for" and rollout.state.working_bytes() == 0
     if name.endswith("tempcache"):
         assert rollout.state.cache.stored(0).log_count.max() > 0, "slots have merged"  # type: ignore[union-attr]
