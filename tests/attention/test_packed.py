@@ -17,7 +17,15 @@ from fastar.attention.events import AttendEvent
 from fastar.attention.reading import reading_of
 from fastar.attention.rope import RotaryEmbedding
 from fastar.attention.state import AttentionState
-from fastar.cache import CachePolicy, DenseCache, HeadwiseCache, StockWindow, TempCache, WindowCache
+from fastar.cache import (
+    CachePolicy,
+    DenseCache,
+    HeadErrors,
+    HeadwiseCache,
+    StockWindow,
+    TempCache,
+    WindowCache,
+)
 from fastar.cache.base import CacheSpec, StoredView
 from fastar.sparsity import AnnSA, Dense, DenseCross, Selector
 from tests.engines.test_engines import TOLERANCE, relative_error
@@ -43,6 +51,13 @@ PACKED: dict[str, Callable[..., CachePolicy]] = {
 }
 
 
+# layer 0: head 1 needs everything; layer 1: none needs much
+UNEVEN = HeadErrors(
+    frames=(2, 4, 12),
+    errors=(((0.01, 0.0, 0.0), (0.9, 0.9, 0.0)), ((0.02, 0.01, 0.0), (0.02, 0.01, 0.0))),
+)
+
+
 class Watcher:
     """A recorder that keeps events, with copies of what lies where later passes write."""
 
@@ -58,12 +73,12 @@ def test_the_results_are_those_of_unpacked_slots(name: str, monkeypatch: pytest.
     """While caches fill and merge; and the packed rollout never asks for a slot in the compute dtype."""
     backbone = small_backbone()
     unpacked = small_rollout(backbone, partial(PACKED[name], read_slots="unpacked"))
-    expected = run(unpacked, history=4, generated=4)
+    expected = run(unpacked, history=8, generated=4)
     assert unpacked.state.working_bytes() > 0
     rollout = small_rollout(backbone, partial(PACKED[name], read_slots="packed"))
     with monkeypatch.context() as patch:
         patch.setattr(StoredView, "unpacked", lambda *_: pytest.fail("slots were unpacked"))
-        found = run(rollout, history=4, generated=4)
+        found = run(rollout, history=8, generated=4)
     assert rollout.state.reading.slots == "packed: asked for" and rollout.state.working_bytes() == 0
     if name.endswith("tempcache"):
         assert rollout.state.cache.stored(0).log_count.max() > 0, "slots have merged"  # type: ignore[union-attr]
@@ -160,7 +175,14 @@ def test_what_cannot_be_read_packed_is_refused() -> None:
     packed = {"slot_bits": 4, "read_slots": "packed"}
     refused: dict[str, Callable[[], CachePolicy]] = {
         "a stock window cuts": partial(StockWindow, attended_frames=4, **packed),
-        "each group of heads": partial(HeadwiseCache, policy=partial(WindowCache, **packed), budget_frames=4),
+        "heads have slots of different kinds": partial(
+            HeadwiseCache,
+            policy=partial(WindowCache, **packed),
+            local_policy=partial(WindowCache, slot_bits=8),
+            local_error=0.5,
+            head_errors=UNEVEN,
+            budget_frames=12,
+        ),
     }
     for reason, make in refused.items():
         with pytest.raises(ValueError, match=f"slots cannot be read packed: {reason}"):
@@ -257,7 +279,7 @@ def test_no_pass_holds_a_copy_of_the_cache() -> None:
     assert cache.packing is not None and cache.packing.copy_bytes is not None
     copies, codes = cache.packing.copy_bytes, cache.bytes_used()
     assert codes < copies / 3
-    assert codes < peak < codes + copies / 4, "a chunk of every layer, and the codes of one layer that move"
+    assert codes < peak < codes + copies / 2, "a chunk of every layer, and the codes of one layer that move"
     del cache
     other, _, expected = most_bytes("unpacked")
     assert other > codes + copies

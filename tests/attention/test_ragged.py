@@ -13,20 +13,16 @@ import torch
 from fastar import engines
 from fastar.ann import LSHBucketizer
 from fastar.attention.working import WorkingKeys
-from fastar.cache import CacheView, HeadErrors, HeadwiseCache, TempCache, WindowCache
+from fastar.cache import CacheView, HeadwiseCache, TempCache, WindowCache
+from fastar.cache.base import StoredView
 from fastar.rollout.rollout import Rollout
 from fastar.sparsity import AnnSA
 from tests.engines.test_engines import TOLERANCE, relative_error
 from tests.rollout.loops import LOOPS, STAGGERED, started
 from tests.small import run, small_backbone, small_rollout
 
-from .test_packed import Watcher, chunk_of, gpu_state
+from .test_packed import UNEVEN, Watcher, chunk_of, gpu_state
 
-# layer 0: head 1 needs everything; layer 1: none needs much
-UNEVEN = HeadErrors(
-    frames=(2, 4, 12),
-    errors=(((0.01, 0.0, 0.0), (0.9, 0.9, 0.0)), ((0.02, 0.01, 0.0), (0.02, 0.01, 0.0))),
-)
 FLOAT = {"storage": "float32"}
 POLICIES: dict[str, Callable[[], HeadwiseCache]] = {
     "window": partial(
@@ -137,6 +133,79 @@ def test_plans_are_of_padded_heads() -> None:
     assert even.state.reading.heads is None and not even.state.reading.ragged
 
 
+PACKED: dict[str, Callable[..., HeadwiseCache]] = {
+    "window": partial(
+        HeadwiseCache, policy=partial(WindowCache, slot_bits=4), head_errors=UNEVEN, budget_frames=5
+    ),
+    "tempcache": partial(
+        HeadwiseCache, policy=partial(TempCache, slot_bits=4, moment="diagonal", recent_share=0.2),
+        local_policy=partial(WindowCache, slot_bits=4), local_error=0.5, head_errors=UNEVEN, budget_frames=6,
+    ),
+}  # fmt: skip
+
+
+def read_by(make: Callable[..., HeadwiseCache], how: str) -> Callable[[], HeadwiseCache]:
+    """The same whose groups' slots are read so."""
+    policies = {
+        name: partial(make.keywords[name], read_slots=how)  # type: ignore[attr-defined]
+        for name in ("policy", "local_policy")
+        if name in make.keywords  # type: ignore[attr-defined]
+    }
+    return partial(make, **policies)
+
+
+def spoil(cache: HeadwiseCache) -> None:
+    """Rubbish in all rows of an empty cache, of which slots take the place of some."""
+    for layer in cache._rows:
+        for field in layer.slots.fields.values():
+            field.fill_(255 if field.dtype == torch.uint8 else torch.nan)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_slots_of_unequal_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call a layer, and without a copy; what lies between heads is never read."""
+    backbone = small_backbone()
+    padded = small_rollout(backbone, read_by(PACKED[name], "unpacked"), engine="sdpa")
+    expected = run(padded, history=18, generated=4)
+    packed = small_rollout(backbone, read_by(PACKED[name], "packed"), engine="sdpa")
+    spoil(headwise(packed))
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredView, "unpacked", lambda *_: pytest.fail("slots were unpacked"))
+        found = run(packed, history=18, generated=4)
+    assert packed.state.reading.record == {
+        "slots_read": "packed: asked for",
+        "heads_read": "each its own slots",
+    }
+    cache, stored = headwise(packed), headwise(packed).stored(0)
+    views = [cache.view(layer) for layer in range(2)]
+    assert cache.packing.copy_bytes == sum(view.k.nbytes + view.v.nbytes for view in views), "padded, full"
+    assert 2 * stored.lengths.min() < stored.lengths.max() == stored.longest
+    assert (stored.log_count is not None) == (name == "tempcache") and packed.state.working_bytes() == 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    k, v = stored.padded().unpacked(torch.float32)
+    view = headwise(packed).view(0)
+    live = view.log_count > -torch.inf
+    assert torch.equal(k[live], view.k[live]) and torch.equal(v[live], view.v[live])
+    assert torch.equal(stored.padded().log_count, view.log_count)
+
+
+def test_rows_of_a_saved_cache(device: torch.device) -> None:
+    """What is restored lies where attention reads it."""
+    backbone = small_backbone()
+    backbone.transformer.to(device)
+    make = read_by(PACKED["tempcache"], "packed")
+    first, second = (small_rollout(backbone, make, engine="sdpa") for _ in range(2))
+    run(first, history=8, generated=2)
+    headwise(second).load_state_dict(headwise(first).state_dict())
+    for layer in range(2):
+        one, other = (headwise(rollout).stored(layer) for rollout in (first, second))
+        for a, b in zip(
+            one.padded().unpacked(torch.float32), other.padded().unpacked(torch.float32), strict=True
+        ):
+            assert torch.equal(a, b)
+        assert torch.equal(one.lengths, other.lengths) and one.longest == other.longest
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(300)  # FlashAttention-4 compiles for a few seconds for each kind of call
 @pytest.mark.parametrize("name", POLICIES)
@@ -165,3 +234,16 @@ def test_flash_attention_reads_each_heads_own(name: str, monkeypatch: pytest.Mon
             assert relative_error(out, expected) < 2 * TOLERANCE[torch.bfloat16], chunk
     lengths = ragged.cache.view(0).lengths
     assert lengths is not None and 2 * lengths.min() < lengths.max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_slots_of_unequal_heads_on_a_gpu(name: str) -> None:
+    make = partial(PACKED[name], budget_frames=5)
+    packed, padded = (gpu_state(read_by(make, how)(), "sdpa") for how in ("packed", "unpacked"))
+    spoil(packed.cache)  # type: ignore[arg-type]
+    for chunk in range(16):
+        for out, expected in zip(chunk_of(packed, chunk), chunk_of(padded, chunk), strict=True):
+            assert relative_error(out, expected) < 2 * TOLERANCE[torch.bfloat16], chunk
+    stored = packed.cache.stored(0)
+    assert stored.lengths is not None and 2 * stored.lengths.min() < stored.lengths.max()

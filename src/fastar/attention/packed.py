@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastar.cache.base import StoredView
-from fastar.engines.packed import Packed, attend_packed, beside_slots
+from fastar.engines.packed import HeadRows, Packed, attend_packed, beside_slots
 from fastar.engines.plan import BlockPlan
 
 
@@ -19,22 +19,28 @@ class PackedPast:
     Attributes:
         stored: keys and values as the cache has them; `keys` and `values` are the same for the kernel.
         log_count: float32 [B, H, S], laid out as the slots are; None if all are 0.
+        rows: where heads have slots of their own; the shapes above are then [1, 1, R, ...].
     """
 
     stored: StoredView
     keys: Packed
     values: Packed
     log_count: Tensor | None
+    rows: HeadRows | None = None
 
     @staticmethod
     def of(stored: StoredView) -> PackedPast:
         """Those of a cache."""
+        rows = None
+        if stored.first is not None and stored.lengths is not None:
+            rows = HeadRows(stored.first, stored.lengths)
         keys, values = (
             Packed(*(stored.slots[f"{name}{part}"] for part in ("", "_low", "_step")))
             for name in ("key", "value")
         )
         counts = stored.log_count
-        return PackedPast(stored, keys, values, None if counts is None else beside_slots(counts, keys))
+        counts = None if counts is None else beside_slots(counts, keys)
+        return PackedPast(stored, keys, values, counts, rows)
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class PackedKeys:
 
     @property
     def cached(self) -> int:
-        """S."""
-        return self.past.stored.slots.size
+        """S, of the head that has most."""
+        return self.past.stored.size
 
     @property
     def total(self) -> int:
@@ -72,8 +78,9 @@ class PackedKeys:
 
     def seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [B, H, S + L, D] and log-counts, unpacked for those who look on."""
-        k, v = self.past.stored.unpacked(self.k.dtype)
-        counts = self.past.log_count
+        stored = self.past.stored.padded()
+        k, v = stored.unpacked(self.k.dtype)
+        counts = stored.log_count
         if counts is not None:
             counts = torch.cat([counts, counts.new_zeros(self.k.shape[:3])], dim=2)
         return torch.cat([k, self.k], dim=2), torch.cat([v, self.v], dim=2), counts
@@ -82,7 +89,9 @@ class PackedKeys:
         """Attention of q [B, H, Lq, D] over slots and current tokens: [B, H, Lq, D]. No plan, whatever the engine."""
         assert plan is None
         past = self.past
-        return attend_packed(q, past.keys, past.values, self.k, self.v, log_count=past.log_count)[0]
+        return attend_packed(
+            q, past.keys, past.values, self.k, self.v, log_count=past.log_count, rows=past.rows
+        )[0]
 
     def until(self, keys: int) -> PackedKeys:
         """The first `keys` of the current ones, with all that is cached."""

@@ -61,6 +61,8 @@ def reading_of(
         slots = f"{'packed' if packed else 'unpacked'}: {why}"
     if not cache.uneven:
         return Reading(packed, False, slots)
+    if packed:
+        return Reading(packed, True, slots, "each its own slots")
     if plans is None and not engines.get(engine).takes_lengths:
         plans = f"the engine {engine} takes no lengths"
     return Reading(packed, plans is None, slots, f"padded: {plans}" if plans else "each its own slots")

@@ -54,6 +54,11 @@ class CacheSpec:
         """Bytes of one latent frame in a dense bfloat16 cache, keys and values of all layers: the unit of budgets."""
         return 2 * 2 * self.num_layers * self.batch * self.num_heads * self.head_dim * self.tokens_per_frame
 
+    @property
+    def slot_copy_bytes(self) -> int:
+        """Bytes of a key and a value in the compute dtype, in all heads and batch entries of one layer."""
+        return 2 * self.batch * self.num_heads * self.head_dim * self.compute_dtype.itemsize
+
 
 @dataclass
 class Staged:
@@ -109,19 +114,42 @@ class StoredView:
     """What attention reads of a layer's past as it lies in memory, valid until the next commit.
 
     Attributes:
-        slots: S of them, keys and values packed as `format` says.
+        slots: S of them, keys and values packed as `format` says. Where heads have slots of their own, [1, 1, R, ...]:
+            the rows of all heads.
         format: of keys and values.
-        log_count: as in `CacheView`.
+        log_count: as in `CacheView`, or of all rows, [1, 1, R].
+        first, lengths: int64 and int32 [B, H], the row of a head's first slot, and its slots, one after the other.
+            None: all heads have S.
+        longest: slots of the head that has most; None: S.
     """
 
     slots: Slots
     format: SlotFormat
     log_count: Tensor | None
+    first: Tensor | None = None
+    lengths: Tensor | None = None
+    longest: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Slots of the head that has most."""
+        return self.slots.size if self.longest is None else self.longest
 
     def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, D]."""
+        """Keys and values [B, H, S, D], or of all rows."""
         k, v = (self.format.unpack(name, self.slots.fields, dtype) for name in ("key", "value"))
         return k, v
+
+    def padded(self) -> StoredView:
+        """The same with as many slots in all heads, empty ones among them, copied."""
+        if self.first is None or self.lengths is None:
+            return self
+        number = torch.arange(self.size, device=self.first.device)
+        live = number < self.lengths[..., None]
+        rows = torch.where(live, self.first[..., None] + number, 0)
+        fields = {name: x[0, 0, rows] for name, x in self.slots.fields.items()}
+        counts = torch.zeros((), device=rows.device) if self.log_count is None else self.log_count[0, 0, rows]
+        return StoredView(Slots(fields), self.format, torch.where(live, counts, -torch.inf))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Packing, Staged, at_once
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Packing, Staged, StoredView, at_once
 from fastar.cache.budget import Budget, BudgetedPolicy
 from fastar.cache.head_errors import HeadErrors
 from fastar.cache.lineage import Lineage, PartOfHeads
+from fastar.cache.rows import HeadGroup, LayerRows
+from fastar.cache.slots import ReadSlots
 
 MakePolicy = Callable[..., BudgetedPolicy]
 
@@ -27,22 +29,14 @@ class Part:
     make: MakePolicy
 
 
-@dataclass(frozen=True)
-class HeadGroup:
-    """Heads of one layer and the policy that serves them."""
-
-    layer: int
-    heads: list[int]
-    policy: BudgetedPolicy
-
-
 class HeadwiseCache(CachePolicy):
     """Splits the budget over layers and heads by what they need, then leaves each group of heads to `policy`.
 
     What heads need comes from `HeadErrors`, measured once for a checkpoint (experiments/calibrate.py). In a layer whose
     heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest and says how
     many each head has (`CacheView.lengths`): engines that take lengths read no more (`fastar.attention.reading`).
-    Every group calls its layer 0: policies that draw lots by layer draw the same in all.
+    Packed slots can be read as they are stored, those of a layer in one call, if all groups have the same kind. Every
+    group calls its layer 0: policies that draw lots by layer draw the same in all.
 
     Args:
         policy: makes the policy of a group, given `budget_bytes`.
@@ -74,6 +68,7 @@ class HeadwiseCache(CachePolicy):
             history_frames=history_frames,
         )
         self.groups: list[HeadGroup] = []
+        self._rows: list[LayerRows] = []
 
     def bind(self, spec: CacheSpec) -> None:
         super().bind(spec)
@@ -82,6 +77,10 @@ class HeadwiseCache(CachePolicy):
         except ValueError:
             self._spec = None
             raise
+        packing = self.packing
+        if packing is not None and packing.obstacle is None:
+            layers = range(spec.num_layers)
+            self._rows = [LayerRows(list(self._of(layer)), packing.format, spec) for layer in layers]
 
     def total_budget(self) -> int:
         """The budget in bytes."""
@@ -214,9 +213,19 @@ class HeadwiseCache(CachePolicy):
         packings = [packing for packing in found if packing is not None]
         if not packings:
             return None
-        asking = [packing for packing in packings if packing.read == "packed"] or packings
-        copies = sum(packing.copy_bytes or 0 for packing in packings)
-        return replace(asking[0], copy_bytes=copies, obstacle="each group of heads has slots of its own")
+        asked = {packing.read for packing in packings}
+        ways: tuple[ReadSlots, ...] = ("packed", "unpacked", "auto")
+        read = next(way for way in ways if way in asked)
+        alike = len(packings) == len(found) and len({packing.format for packing in packings}) == 1
+        spec = self.spec
+        longest = sum(max(g.policy.capacity_slots() for g in self._of(n)) for n in range(spec.num_layers))
+        obstacle = None if alike else "heads have slots of different kinds"
+        return Packing(packings[0].format, read, longest * spec.slot_copy_bytes, obstacle)
+
+    def stored(self, layer: int) -> StoredView:
+        if not self._rows:
+            return super().stored(layer)
+        return self._rows[layer].stored()
 
     def drop_from(self, first_frame: int) -> None:
         for group in self.groups:

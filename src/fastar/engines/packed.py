@@ -53,6 +53,27 @@ class Packed:
         return head_dim // self.low.shape[3]
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """Where each head's slots lie, one after the other, if heads have unequally many: int64 and int32 [B, H].
+
+    Attributes:
+        first: the row of a head's first slot, of the rows that all heads share.
+        lengths: how many it has.
+    """
+
+    first: Tensor
+    lengths: Tensor
+
+    def check(self, lead: tuple[int, ...]) -> None:
+        """Raise a ValueError unless they are of `lead` = (batch, heads) and of their dtypes."""
+        found = [(tuple(x.shape), x.dtype) for x in (self.first, self.lengths)]
+        if found != [(lead, torch.int64), (lead, torch.int32)]:
+            raise ValueError(
+                f"first rows must be int64 and lengths int32, both [batch, heads] = {lead}, got {found}"
+            )
+
+
 def unfit(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> str | None:
     """Why `attend_packed` cannot take the calls of a rollout, or None.
 
@@ -82,6 +103,7 @@ def attend_packed(
     v: Tensor,
     *,
     log_count: Tensor | None = None,
+    rows: HeadRows | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over packed slots and the current chunk, softmax scale 1/sqrt(D).
@@ -91,6 +113,7 @@ def attend_packed(
         keys, values: S packed slots, or slices of S slots of larger buffers, all of which have the same capacity.
         log_count: [B, H, S] float32, or broadcastable to it: added to the logits of a slot, -inf for an empty one. Read
             in place if it lies as `beside_slots` puts it.
+        rows: of the heads. Packed slots are then rows of all of them, [1, 1, S, ...], as are log-counts.
         tile: None for the one of `TILES` that suits the fewest bits.
 
     Returns:
@@ -103,7 +126,7 @@ def attend_packed(
     reason = _missing(q.device)
     if reason is not None:
         raise ValueError(f"attention over packed slots cannot run here: {reason}")
-    capacity = _check(q, keys, values, k, v)
+    capacity = _check(q, keys, values, k, v, rows)
     (batch, heads, n, head_dim), slots = q.shape, keys.codes.shape[2]
     tile = tile or TILES[min(keys.bits(head_dim), values.bits(head_dim))]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -112,17 +135,18 @@ def attend_packed(
         torch.empty(*q.shape, dtype=q.dtype, device=q.device),
         torch.empty(q.shape[:2], device=q.device),
     )
+    where = (lse, lse) if rows is None else (rows.first.contiguous(), rows.lengths.contiguous())
     from fastar.engines.kernels import attend_packed as kernel
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
         kernel[(-(-n // tile.queries), batch * heads)](
             q, keys.codes, keys.low, keys.step, values.codes, values.low, values.step,
-            lse if bias is None else bias, k, v, out, lse,
+            lse if bias is None else bias, k, v, out, lse, *where,
             n, slots, capacity, k.shape[1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             head_dim**-0.5 / math.log(2),
             D=head_dim, KEY_GROUP=keys.group(head_dim), KEY_BITS=keys.bits(head_dim),
             VALUE_GROUP=values.group(head_dim), VALUE_BITS=values.bits(head_dim),
-            Q=tile.queries, K=tile.keys, BIASED=bias is not None, UPCAST=interpreted(),
+            Q=tile.queries, K=tile.keys, BIASED=bias is not None, RAGGED=rows is not None, UPCAST=interpreted(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out.unflatten(0, (batch, heads)), lse.unflatten(0, (batch, heads))
@@ -152,7 +176,7 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-def _check(q: Tensor, keys: Packed, values: Packed, k: Tensor, v: Tensor) -> int:
+def _check(q: Tensor, keys: Packed, values: Packed, k: Tensor, v: Tensor, rows: HeadRows | None) -> int:
     """Raise a ValueError unless the kernel takes these tensors; returns the slots a head that the buffers have."""
     head_dim = q.shape[3]
     if head_dim & (head_dim - 1) or not _SMALLEST <= head_dim <= _WIDEST:
@@ -162,6 +186,9 @@ def _check(q: Tensor, keys: Packed, values: Packed, k: Tensor, v: Tensor) -> int
     lead, slots = tuple(q.shape[:2]), keys.codes.shape[2]
     if k.shape != v.shape or tuple(k.shape[:2]) != lead or k.shape[3] != head_dim:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
+    if rows is not None:
+        rows.check(lead)
+        lead = (1, 1)
     capacities = set()
     for packed in (keys, values):
         group = packed.group(head_dim)
@@ -172,9 +199,7 @@ def _check(q: Tensor, keys: Packed, values: Packed, k: Tensor, v: Tensor) -> int
             )
         for x in (packed.codes, packed.low, packed.step):
             if tuple(x.shape[:3]) != (*lead, slots):
-                raise ValueError(
-                    f"packed slots must be [B, H, S, ...] = {(*lead, slots)}, got {tuple(x.shape)}"
-                )
+                raise ValueError(f"packed slots must be {(*lead, slots)} and a width, got {tuple(x.shape)}")
             capacities.add(_capacity(x))
     if len(capacities) > 1:
         raise ValueError(f"packed slots must lie in buffers of one size, got {sorted(capacities)} slots")
