@@ -12,8 +12,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastar.attention.rope import RotaryEmbedding
 from fastar.backbones.wan.keys import to_diffusers_names
+from fastar.cache.base import CacheSpec
 from fastar.compare.job import compare
+from fastar.compare.methods import budgeted, method_of, resolved
 from fastar.compare.prompt_videos import roll_prompts
 from fastar.compare.session import open_session
 from fastar.compare.single import roll
@@ -147,3 +150,29 @@ def shrunk(backbone: DictConfig) -> list[str]:
     if backbone.transformer.get("action_module") is not None:
         found += [f"++backbone.transformer.action_module.{key}=1" for key in ("layers", "num_heads")]
     return [*found, "backbone.frame_size=[32,48]"]
+
+
+@pytest.mark.parametrize("name", ["wan_1_3b", "skyreels_v2_df_1_3b", "matrix_game_2"])
+def test_all_methods_fit_at_the_budget_that_the_workload_names(name: str) -> None:
+    """Chunks and frames of the published sizes, in one layer; what is too small is said before anything is made."""
+    methods = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
+    asked = ["workload=wan_prompts", f"backbone={name}", f"method=[{','.join(methods)}]", "budget_share=0.4"]
+    config = composed("compare", *asked, "history_frames=${backbone.context_frames}" if "sky" in name else "")
+    geometry = config.backbone
+    follow = budgeted(config.methods)
+    assert {"tempcache", "window", "sink_recent", "random", "key_norm", "int4_window"} <= follow
+    spec = CacheSpec(
+        num_layers=1, batch=1, num_heads=geometry.transformer.num_heads, head_dim=128,
+        tokens_per_frame=geometry.frame_size[0] * geometry.frame_size[1] // 256, rope=RotaryEmbedding(128),
+        compute_dtype=torch.bfloat16, device=torch.device("cpu"), chunk_frames=geometry.chunk_frames, key_width=128,
+    )  # fmt: skip
+    for method, node in resolved(config).items():
+        if method in follow:
+            plain = {"commit_by": "plain"} if "commit_by" in node["cache"] else {}
+            cache = method_of(method, {**node, "cache": node["cache"] | plain}).cache()
+            cache.bind(spec)
+            assert (cache.capacity_bytes() or 0) <= 0.4 * config.history_frames * frame_bytes(spec)
+
+
+def frame_bytes(spec: CacheSpec) -> int:
+    return 2 * 2 * spec.num_heads * spec.head_dim * spec.tokens_per_frame
