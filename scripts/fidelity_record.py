@@ -3,7 +3,7 @@
     python scripts/fidelity_record.py outputs/speed_fidelity analysis/results/speed/fidelity_doom.json
 
 A line of `rows` is a method, budget, protocol and setting; a score is mean, low and high of a 95 % bootstrap interval
-over clips, chunks of a clip averaged first. Bytes and density are means.
+over clips, chunks of a clip averaged first. Bytes and slots are those after the last chunk, density is a mean.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from fastar.results.loading import FAILURE
 from fastar.results.tables import spread
 
 SCORES = ("recall", "output_error", "psnr", "psnr/truth", "revisit_psnr", "presence", "latent_error")
-COSTS = ("byte_share", "slot_share", "density")
+HELD = ("byte_share", "slot_share")
 LINE = ["method", "budget_share", "protocol", "block", "passes"]
 SHARED = ("dtype", "prefill_frames", "frames", "source")
 
@@ -39,7 +39,9 @@ def record(runs: str) -> dict[str, Any]:
     rows = per_seed(rows)
     card["clips"] = int(rows.loc[rows["metric"] == "latent_error", "seed"].nunique())
     failed = rows[rows["metric"] == FAILURE]
-    stats = spread(rows, index=LINE, metrics=[*SCORES, *COSTS])
+    last = rows["chunk"] == rows.groupby(["run_id", "metric"])["chunk"].transform("max")
+    rows = rows[last | ~rows["metric"].isin(HELD)]
+    stats = spread(rows, index=LINE, metrics=[*SCORES, *HELD, "density"])
     lines = []
     for key, group in stats.groupby(LINE, sort=False, dropna=False):
         line = {name: value for name, value in zip(LINE, key, strict=True) if not pd.isna(value)}
