@@ -2,7 +2,7 @@
 
     python scripts/speed_tables.py && python scripts/include.py analysis/README.md
 
-Fidelity beside the speed of a budget is that of fidelity_doom.json, made by scripts/fidelity_record.py, at the same
+Fidelity beside the speed of a budget is that of fidelity_BACKBONE.json, made by scripts/fidelity_record.py, at the same
 share of dense's bytes: a budget of b latent frames is b / 84 there. own.md holds the speed of the trained backbones at
 their own geometry (own_BACKBONE.json, mode=rollout) beside their fidelity (fidelity_BACKBONE.json); search.md what
 searches find (search_BACKBONE.json, mode=search). Of these two, records that are not there yet are left out.
@@ -51,25 +51,27 @@ def made_on(name: str) -> str:
 
 def engines() -> None:
     """Engines by call and number of keys."""
-    rows = [row for row in rows_of("engines") if row["engine"] != "fa4"] + rows_of("engines_fa4")
     lines: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        if row["reason"] is not None or row["engine"] == "packed int4":  # its kernel is another since
+    for row in rows_of("engines"):
+        if row["reason"] is not None:
             continue
         call = row["kind"] + (f", density {row['density']:.2f}" if row["density"] < 0.99 else "")
         line = lines.setdefault((row["engine"], call), {"engine": row["engine"], "call": call})
         own = f" ({row['of_dense']:.2f})" if row["of_dense"] and row["kind"] != "dense" else ""
         line[f"{row['keys']:,} keys: ms"] = f"{row['ms']:.2f}"
         line[f"{row['keys']:,} keys: TFLOP/s"] = f"{row['tflops']:.0f}{own}"
-    order = ["fa4", "cudnn", "sdpa", "packed int8"]
+    order = ["fa4", "flashinfer", "cudnn", "sdpa", "packed int8", "packed int4"]
     ordered = sorted(lines.values(), key=lambda line: order.index(line["engine"]))
     note = "4,680 queries, 12 heads of 128; in brackets the share of the same engine's dense rate. "
-    write("engines", ordered, note + made_on("engines_fa4") + ".")
+    write("engines", ordered, note + made_on("engines") + ".")
 
 
 def budgets() -> None:
     """Whole rollouts by method and budget, with what the budget costs where that is measured."""
     rows = rows_of("rollout") + [row for row in rows_of("rollout_more") if row.get("method") != "stock"]
+    rows += [
+        row for row in rows_of("rollout_sparse_commits") if row["method"] == "tempcache_annsa_sparse_commits"
+    ]
     costs, clips = fidelity()
     lines = []
     for row in rows:
@@ -89,34 +91,36 @@ def budgets() -> None:
         lines.append(line | costs.get((row["method"], line["budget"]), {}))
     note = (
         "Video frames a second in the steady state, denoising and commits, no decoding; Wan2.1-1.3B at 480x832, random "
-        "weights, cache contents from recorded motion; fused, captured. Recall and output error: the Doom backbone, "
-        f"protocol A, {clips} clips, the same share of dense's bytes. p99 of 8 chunks (stock: 100) is near their "
+        "weights, cache contents from recorded motion; fused, captured. Recall and output error: trained backbones, "
+        f"protocol A, {clips}, the same share of dense's bytes. p99 of 8 chunks (stock: 100) is near their "
         "slowest. "
     )
     write("budgets", lines, note + made_on("rollout") + ".")
 
 
-def fidelity() -> tuple[dict[tuple[str, str], dict[str, str]], int]:
-    """Attention recall and output error by method and budget, in blocks in proportion to the chunks; and clips."""
-    found, record = {}, json.loads((SPEED / "fidelity_doom.json").read_text())
-    for row in record["rows"]:
-        if (
-            row["protocol"] == "A"
-            and "recall" in row
-            and "budget_share" in row
-            and row.get("block") != FA4_BLOCK
-        ):
-            budget = float(f"{row['budget_share'] * HISTORY:.2g}")
-            found[row["method"], f"{budget:g}"] = {
-                "recall": f"{row['recall'][0]:.3f}",
-                "output error": f"{row['output_error'][0]:.3f}",
-            }
-    return found, record["card"]["clips"]
+def fidelity() -> tuple[dict[tuple[str, str], dict[str, str]], str]:
+    """Attention recall and output error by method and budget, in blocks in proportion to the chunks; of which clips."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    told = []
+    for backbone in BACKBONES:
+        record = json.loads((SPEED / f"fidelity_{backbone}.json").read_text())
+        told.append(f"{record['card']['clips']} clips of {backbone}")
+        for row in record["rows"]:
+            scored = row["protocol"] == "A" and "recall" in row and "budget_share" in row
+            if scored and row.get("block") != FA4_BLOCK:
+                budget = float(f"{row['budget_share'] * HISTORY:.2g}")
+                found.setdefault((row["method"], f"{budget:g}"), {}).update(
+                    {
+                        f"recall, {backbone}": f"{row['recall'][0]:.3f}",
+                        f"output error, {backbone}": f"{row['output_error'][0]:.3f}",
+                    }
+                )
+    return found, " and ".join(told)
 
 
 def own() -> None:
     """The trained backbones at their own geometry: what a budget's speed costs."""
-    lines, notes = [], []
+    lines, notes, made = [], [], ""
     for backbone, protocol in BACKBONES.items():
         if not (SPEED / f"own_{backbone}.json").exists():
             continue
@@ -138,6 +142,7 @@ def own() -> None:
             lines.append(
                 line | _scores(record["rows"], "dense" if row is base else row["method"], share, protocol)
             )
+        made = made_on(f"own_{backbone}")
         told = record["card"]
         notes.append(
             f"{backbone}: scores of protocol {protocol} (recall and output error: A), {told['clips']} clips, "
@@ -149,7 +154,7 @@ def own() -> None:
         f"clips; PSNR to dense's video. {'; '.join(notes)}. Speed: "
     )
     if lines:
-        write("own", lines, note + made_on("own_doom") + ".")
+        write("own", lines, note + made + ".")
 
 
 def _scores(rows: list[Row], method: str, share: float | None, protocol: str) -> dict[str, str]:
@@ -198,6 +203,30 @@ def search() -> None:
     )
     if lines:
         write("search", lines, note + "; ".join(notes) + ".")
+
+
+def packed() -> None:
+    """Rollouts whose slots attention reads as they are stored, and unpacked into a copy."""
+    lines = [
+        {
+            "method": row["method"],
+            "budget": f"{row['budget']:g}",
+            "slots": f"{row['cache_slots']:,}",
+            "read": row["read"],
+            "pass (ms)": f"{row['pass_ms']:.0f}",
+            "frames/s": f"{row['fps_commit']:.1f}",
+            "over stock": f"{row['ratio']:.2f}",
+            "cache + copy (GiB)": f"{row['cache_bytes'] / 2**30:.2f} + {row['working_bytes'] / 2**30:.2f}",
+            "peak (GiB)": f"{row['peak_allocated'] / 2**30:.1f}",
+        }
+        for row in rows_of("rollout_packed")
+        if row["method"] != "stock"
+    ]
+    write(
+        "packed",
+        lines,
+        "`read_slots=packed` and `unpacked`; everything else as above. " + made_on("rollout_packed") + ".",
+    )
 
 
 def fp8() -> None:
@@ -267,5 +296,5 @@ def parts() -> None:
 
 
 if __name__ == "__main__":
-    for make in (engines, budgets, own, search, fp8, commits, loops, parts):
+    for make in (engines, budgets, own, search, packed, fp8, commits, loops, parts):
         make()

@@ -100,5 +100,7 @@ def test_captured_passes_on_a_gpu(tiny: Tiny, tmp_path: Path) -> None:
     plain, captured = (load(tmp_path / name) for name in ("plain", "captured"))
     for method in ("window", "tempcache"):
         scores = [values(rows, "psnr", method=method, protocol="B") for rows in (plain, captured)]
-        assert scores[1] == pytest.approx(scores[0], abs=1.0), method
+        # rounding is all that differs where the method is still equal to dense: 100 dB, the cap, or less
+        below = [[min(score, 60.0) for score in each] for each in scores]
+        assert below[1] == pytest.approx(below[0], abs=1.0), method
     assert not values(captured, "density", method="window") and values(plain, "density", method="window")
