@@ -45,6 +45,7 @@ def record(runs: str) -> dict[str, Any]:
     lines = []
     for key, group in stats.groupby(LINE, sort=False, dropna=False):
         line = {name: value for name, value in zip(LINE, key, strict=True) if not pd.isna(value)}
+        line["clips"] = int(group["n"].max())
         for row in group.itertuples():
             numbers = [row.mean, row.low, row.high] if row.metric in SCORES else [row.mean]
             numbers = [None if pd.isna(x) else round(float(x), 4) for x in numbers]

@@ -104,10 +104,11 @@ def fidelity() -> tuple[dict[tuple[str, str], dict[str, str]], str]:
     told = []
     for backbone in BACKBONES:
         record = json.loads((SPEED / f"fidelity_{backbone}.json").read_text())
-        told.append(f"{record['card']['clips']} clips of {backbone}")
+        clips = set()
         for row in record["rows"]:
             scored = row["protocol"] == "A" and "recall" in row and "budget_share" in row
             if scored and row.get("block") != FA4_BLOCK:
+                clips.add(row.get("clips", record["card"]["clips"]))
                 budget = float(f"{row['budget_share'] * HISTORY:.2g}")
                 found.setdefault((row["method"], f"{budget:g}"), {}).update(
                     {
@@ -115,6 +116,8 @@ def fidelity() -> tuple[dict[tuple[str, str], dict[str, str]], str]:
                         f"output error, {backbone}": f"{row['output_error'][0]:.3f}",
                     }
                 )
+        counts = f"{min(clips)} to {max(clips)}" if len(clips) > 1 else f"{min(clips)}"
+        told.append(f"{counts} clips of {backbone}")
     return found, " and ".join(told)
 
 
