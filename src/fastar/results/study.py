@@ -1,4 +1,4 @@
-"""The study's questions (scripts/study.txt): a setting and what it is held against, and how their runs are found by label.
+"""The study's questions (scripts/study.txt): settings, what they are held against, and their runs, found by label.
 
 Its records hold the runs of many sweeps, which share those at default settings; a line is therefore chosen by what it
 is set to, all else at default.
@@ -15,15 +15,17 @@ from fastar.results.tables import differences
 BUDGETED: dict[str, Any] = {"budget_share": 0.15, "sink_frames": 0}
 MERGING: dict[str, Any] = {"merged_value": "mean", "log_count": True, "matcher": "ExactMatcher"}
 SPARSE: dict[str, Any] = {"warmup_share": 0.3, "layers": None}
-TEMPCACHE = BUDGETED | MERGING | {"key": "mean", "match_space": "roped", "recent_share": 0.5, "per_head": True}
+TEMPCACHE = (
+    BUDGETED | MERGING | {"key": "mean", "match_space": "roped", "recent_share": 0.5, "per_head": True}
+)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("window", "int8_window", "int4_window"), BUDGETED),
-    **dict.fromkeys(("random", "key_norm", "sink_recent"), {"budget_share": 0.15}),
-    **dict.fromkeys(("tempcache", "tempcache_int8", "tempcache_int4"), TEMPCACHE),
+    "window": BUDGETED, "int8_window": BUDGETED, "int4_window": BUDGETED,
+    "random": {"budget_share": 0.15}, "key_norm": {"budget_share": 0.15}, "sink_recent": {"budget_share": 0.15},
+    "tempcache": TEMPCACHE, "tempcache_int8": TEMPCACHE, "tempcache_int4": TEMPCACHE,
     "tempcache_paper": MERGING | {"threshold": 0.9, "key": "last", "match_space": "raw", "sink_frames": 0},
     "annsa": SPARSE | {"bucket_bits": 6},
-    **dict.fromkeys(("annsa_kmeans", "annsa_quantized", "random_blocks"), SPARSE),
-}
+    "annsa_kmeans": SPARSE, "annsa_quantized": SPARSE, "random_blocks": SPARSE,
+}  # fmt: skip
 """Labels of each method at its defaults in the study; None: the label is not there."""
 
 
