@@ -97,7 +97,8 @@ publish_page(
     "In italics: the paper (LongVie2, LongVGenBench). Ours: the Doom world model, 95 % intervals over clips; 48 frames "
     "generated after 192 true ones; free runs are one clip of 1000 frames after 4, in the bytes of 29. Protocol A: "
     "attention alone, on dense's past; B: the dense trajectory through the method's own cache; C: free-running; "
-    "recall is of A. `slot_share` and `byte_share` over the rollout, of dense's. 15 %: of dense's bytes at 192 frames. 100 dB: equal.",
+    "recall is of A. `slot_share` and `byte_share` "
+    "over the rollout, of dense's. 15 %: of dense's bytes at 192 frames. 100 dB: equal.",
     to_markdown(beside(printed(2), ours).rename(columns=heading)),
     "Runs: " + "; ".join(f"`{name}` ({made_of(RESULTS / name)})" for name in NAMES) + ". "
     "`total x`: frames a second over dense's in the free runs, one each, float32.",

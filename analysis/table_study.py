@@ -90,7 +90,8 @@ publish_page(
     "Recall: protocol A, last chunk. The others: protocol B, of search and sparse attention A. `psnr`: to dense's "
     "video; `revisit_psnr`: against the truth; `latent_error`: of the latents, relative to dense's, lower is better. "
     "It stands for `psnr` on scenes, which start from four frames: there a control is exact until it is full, and 100 "
-    "dB, as far as PSNR is counted, would outweigh what follows. Last column: of dense's slots, for sparse attention the "
+    "dB, as far as PSNR is counted, would outweigh what follows. Last column: of dense's "
+    "slots, for sparse attention the "
     "density, of both. Doom's thresholds: [README](../README.md#the-papers-form).",
     *(
         part

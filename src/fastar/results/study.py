@@ -101,8 +101,8 @@ def _questions() -> Iterator[Pair]:
             yield Pair("budget", Line(budgeted, at), Line(control, at))
     for share in (0.05, 0.15, 0.3, 0.5):
         at = {"budget_share": share}
-        for bits in ("int8", "int4"):
-            yield Pair("precision", Line(f"tempcache_{bits}", at), Line(f"{bits}_window", at))
+        for precision in ("int8", "int4"):
+            yield Pair("precision", Line(f"tempcache_{precision}", at), Line(f"{precision}_window", at))
     for method in ("annsa", "random_blocks"):
         for share in (0.25, 0.3, 0.75):
             at = {"warmup_share": share}
