@@ -12,6 +12,8 @@ import pytest
 from fastar.results import load
 from fastar.results.figures import ANALYSIS, RESULTS
 from fastar.results.qualifiers import unfold
+from fastar.results.study import Line, Pair
+from fastar.results.study import apart as held_apart
 from fastar.results.tables import differences, spread
 
 TEXT = re.sub(r"\s+", " ", (ANALYSIS / "findings.md").read_text())
@@ -85,27 +87,9 @@ def line(record: str, method: str, within: dict[str, Any] = A, **setting: Any) -
 NO_DENSE_STEP = {
     "kmeans": line("annsa_prompt_none_dense", "annsa_kmeans", density_target=0.5),
     "lsh": line("annsa_prompt_none_dense", "annsa", density_target=0.5),
-    "doom": line("ablation_warmup", "annsa", warmup_share=0.0),
 }
 PAIRED = [
     # metric, line, baseline, decimals, -1 for a loss
-    *(
-        (metric, line("ablation_log_count", "tempcache", log_count=False),
-         line("ablation_log_count", "tempcache", log_count=True), decimals, -1)
-        for metric, decimals in (("psnr", 1), ("recall", 3))
-    ),
-    *(
-        (metric, line("ablation_match_space", "tempcache", B, match_space="roped"),
-         line("ablation_match_space", "tempcache", B, match_space="raw"), 1, 1)
-        for metric in ("psnr", "revisit_psnr")
-    ),
-    *(
-        ("recall", line("ablation_key", "tempcache_paper", key=key),
-         line("ablation_key", "tempcache_paper", key="last"), 3, scale)
-        for key, scale in (("medoid", 1), ("mean", -1))
-    ),
-    ("psnr", line("ablation_layers", "annsa", layers="0,1,2,3,4,5"),
-     line("ablation_layers", "annsa", layers="2,3,4,5,6,7"), 1, 1),
     *(
         ("recall", line("frontier", "tempcache", budget_share=share),
          line("frontier", "window", budget_share=share), 3, 1)
@@ -134,16 +118,12 @@ PAIRED = [
             ("annsa_prompt_one_dense", "annsa", 0.35, "lsh"), ("annsa_prompt", "annsa", 0.13, "lsh"),
         )
     ),
-    *(
-        ("psnr", line("ablation_warmup", "annsa", warmup_share=share), NO_DENSE_STEP["doom"], 1, 1)
-        for share in (0.25, 0.3, 0.75)
-    ),
 ]  # fmt: skip
 
 
 def told(stats: pd.Series, decimals: int, scale: float) -> bool:
     """Whether the text has mean and interval; the unit may stand between them, shares lack the leading zero."""
-    middle, _, interval = said(stats, decimals, scale=scale, bare=decimals == 3).partition(" ")
+    middle, _, interval = said(stats, decimals, scale=scale, bare=decimals > 2).partition(" ")
     return re.search(rf"(?<![\d.]){re.escape(middle)}( dB| %)? {re.escape(interval)}", TEXT) is not None
 
 
@@ -151,6 +131,111 @@ def told(stats: pd.Series, decimals: int, scale: float) -> bool:
 def test_paired_differences(metric: str, of: Any, base: Any, decimals: int, scale: int) -> None:
     found = apart(metric, of, base)
     assert told(found, decimals, scale), said(found, decimals, scale=scale)
+
+
+def coded(bits: int) -> Line:
+    """The paper's form, searched by codes of so many bits."""
+    return Line("tempcache_paper", {"matcher": "QuantizedMatcher", "bits": bits})
+
+
+FORM, BUDGETED = Line("tempcache_paper"), Line("tempcache")
+UNCOUNTED, RAW = Line("tempcache", {"log_count": False}), Line("tempcache", {"match_space": "raw"})
+FIRST = {"doom": "0,1,2,3,4,5", "scenes": "0,1,2,3"}
+LAST = {"doom": "2,3,4,5,6,7", "scenes": "2,3,4,5"}
+
+
+def at(method: str, share: float) -> Line:
+    """A method in so many bytes."""
+    return Line(method, {"budget_share": share})
+
+
+def form(**setting: Any) -> Line:
+    """The paper's form with a setting."""
+    return Line("tempcache_paper", setting)
+
+
+STUDY = [
+    # backbone, metric, line, what it is held against, decimals, -1 for a loss, protocol
+    *((name, "recall", UNCOUNTED, BUDGETED, 3, -1, "A") for name in FIRST),
+    *((name, "recall", RAW, BUDGETED, 3, -1, "A") for name in FIRST),
+    *((name, "recall", coded(2), FORM, 3, 1, "A") for name in FIRST),
+    *((name, "recall", form(key="mean"), FORM, 3, -1, "A") for name in FIRST),
+    *((name, "recall", form(key="medoid"), FORM, 3, 1, "A") for name in FIRST),
+    ("doom", "recall", form(log_count=False), FORM, 3, 1, "A"),
+    ("scenes", "recall", form(log_count=False), FORM, 3, -1, "A"),
+    ("doom", "psnr", UNCOUNTED, BUDGETED, 2, -1, "B"),
+    ("doom", "psnr", form(log_count=False), FORM, 2, 1, "B"),
+    ("doom", "psnr", RAW, BUDGETED, 2, -1, "B"),
+    ("doom", "revisit_psnr", RAW, BUDGETED, 2, 1, "B"),
+    *(
+        (
+            name,
+            metric,
+            Line("annsa", {"layers": FIRST[name]}),
+            Line("annsa", {"layers": LAST[name]}),
+            *how,
+            "A",
+        )
+        for name, metric, *how in (("doom", "psnr", 2, 1), ("scenes", "latent_error", 4, -1))
+    ),
+    ("doom", "psnr", form(merged_value="last"), FORM, 2, 1, "B"),
+    ("doom", "revisit_psnr", form(merged_value="last"), FORM, 2, 1, "B"),
+    ("scenes", "presence", form(merged_value="last"), FORM, 3, 1, "B"),
+    ("doom", "psnr", Line("tempcache", {"merged_value": "last"}), BUDGETED, 2, -1, "B"),
+    ("scenes", "latent_error", Line("tempcache", {"merged_value": "last"}), BUDGETED, 4, 1, "B"),
+    *(
+        ("doom", "psnr", Line("tempcache", setting), BUDGETED, 2, -1, "B")
+        for setting in ({"per_head": False}, {"recent_share": 0}, {"sink_frames": 4})
+    ),
+    *(
+        ("doom", metric, at("tempcache_int8", 0.5), at("int8_window", 0.5), 2, 1, "B")
+        for metric in ("psnr", "revisit_psnr")
+    ),
+    *(
+        (
+            "doom",
+            "psnr",
+            Line("annsa", {"warmup_share": share}),
+            Line("annsa", {"warmup_share": 0}),
+            2,
+            1,
+            "A",
+        )
+        for share in (0.25, 0.3, 0.75)
+    ),
+    *(
+        ("scenes", "latent_error", at("tempcache", share), at("window", share), 4, scale, "B")
+        for share, scale in ((0.05, 1), (0.15, 1), (0.3, -1), (0.5, -1))
+    ),
+    ("scenes", "presence", at("tempcache", 0.05), at("window", 0.05), 3, -1, "B"),
+    *(
+        ("scenes", "latent_error", at("tempcache_int8", share), at("int8_window", share), 4, scale, "B")
+        for share, scale in ((0.05, 1), (0.15, -1))
+    ),
+]
+
+
+@pytest.mark.parametrize(("backbone", "metric", "of", "base", "decimals", "scale", "protocol"), STUDY)
+def test_the_study(
+    backbone: str, metric: str, of: Line, base: Line, decimals: int, scale: int, protocol: str
+) -> None:
+    found = held_apart(rows_of(f"study_{backbone}"), Pair("", of, base, protocol), metric)
+    assert found is not None
+    assert told(found, decimals, scale), said(found, decimals, scale=scale)
+
+
+def intervals(text: str) -> set[tuple[float, float, float]]:
+    """All `mean [low, high]` in a text."""
+    numbers = r"(-?[\d.]+)(?: dB)? \[(-?[\d.]+), (-?[\d.]+)\]"
+    return {tuple(map(float, found)) for found in re.findall(numbers, text)}  # type: ignore[misc]
+
+
+def test_the_answers_in_the_readme_are_those_of_the_table_of_the_study() -> None:
+    section = (ANALYSIS / "README.md").read_text().partition("## Ablations")[2].partition("\n## ")[0]
+    table = intervals((ANALYSIS / "tables/table_study.md").read_text())
+    table |= {(-mean, -high, -low) for mean, low, high in table}
+    found = intervals(section)
+    assert len(found) > 40 and not found - table
 
 
 MEANS = [
@@ -182,10 +267,21 @@ SINGLE = [
     ("prompt_share", line("annca_bits", "annca", bits=6), "reads 34.3 % of the tokens"),
     ("prompt_share_any", line("annca_bits", "annca", bits=6), "read 99.9 % of the prompt"),
     ("prompt_mass", line("annca_bits", "annca", bits=8), "matter and .368 of the mass"),
-    ("recall", line("ablation_ann", "tempcache_paper_exact"), "(.860 each"),
+    (
+        "recall",
+        line(
+            "study_doom",
+            "tempcache_paper",
+            matcher="ExactMatcher",
+            key="last",
+            log_count=True,
+            match_space="raw",
+        ),
+        "(.858 on Doom",
+    ),
     (
         "slot_share",
-        line("ablation_ann", "tempcache_paper", matcher="QuantizedMatcher", bits=2),
+        line("study_doom", "tempcache_paper", matcher="QuantizedMatcher", bits=2),
         "(96 % of the slots",
     ),
     ("byte_share", line("frontier", "tempcache_paper", B), "stores 103 % of the bytes"),
