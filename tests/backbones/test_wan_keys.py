@@ -138,6 +138,46 @@ def test_public_models_have_their_tensors_and_both_namings_round_trip(
     assert BackboneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+GEOMETRY = {  # tokens a frame, frames a chunk, frames that it was trained on or is published with
+    "wan_1_3b": (1560, 3, 21),
+    "wan_14b": (1560, 3, 21),
+    "wan_i2v_14b": (1560, 3, 21),
+    "skyreels_v2_df_1_3b": (2040, 5, 25),
+    "matrix_game_2": (880, 3, 6),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_no_tensor_tells_is_as_published(public: dict[str, Backbone], name: str) -> None:
+    """Weights of another head size, prompt length or picture would load all the same."""
+    config = public[name].config
+    sizes = config.transformer
+    assert (config.tokens_per_frame, config.chunk_frames, config.context_frames) == GEOMETRY[name]
+    assert (sizes.head_dim, sizes.freq_dim, sizes.patch, sizes.eps, sizes.rope_theta) == (
+        128,
+        256,
+        2,
+        1e-6,
+        1e4,
+    )
+    assert sizes.text_len == (None if name == "matrix_game_2" else 512)
+    assert sizes.fps == (24 if name == "skyreels_v2_df_1_3b" else None)
+    assert sizes.numerics == ("self_forcing" if name == "matrix_game_2" else "wan")
+    if (module := sizes.action_module) is not None:
+        assert (module.num_heads, module.head_dim, module.rope_dims, module.rope_theta) == (
+            16,
+            64,
+            (8, 28, 28),
+            256,
+        )
+        assert (module.window_frames, module.pixel_frames, module.attention_frames, module.eps) == (
+            3,
+            4,
+            6,
+            1e-6,
+        )
+
+
 @pytest.mark.parametrize("name", ["wan_1_3b", "wan_i2v_14b", "skyreels_v2_df_1_3b"])
 def test_diffusers_has_the_same_tensors(public: dict[str, Backbone], name: str) -> None:
     diffusers = pytest.importorskip("diffusers")

@@ -113,6 +113,33 @@ def test_a_timestep_per_frame_equals_diffusers_timestep_per_token(
 
 
 @torch.no_grad()
+def test_what_is_too_small_to_be_normalised_equals_diffusers() -> None:
+    """Tokens, queries and keys of a mean square about 1e-6: what each norm adds to it is seen nowhere else."""
+    ours, theirs = twins(replace(SIZES["i2v_tiny"], num_layers=1))
+    for name, parameter in ours.named_parameters():
+        if name.startswith("patch_embedding") or name.split(".")[-2] in ("q", "k", "k_img"):
+            parameter.mul_(1e-3)
+    theirs.load_state_dict(to_diffusers_names(ours.state_dict(), ours.config))
+    given, timesteps = inputs(ours.config), torch.full((2, FRAMES), 625.0)
+    expected = run_theirs(theirs, given, torch.full((2,), 625.0))
+    assert relative_error(run_ours(ours, given, timesteps), expected) <= 1e-5
+    norms = {
+        name: norm for name, norm in ours.named_modules() if hasattr(norm, "eps") and "img_emb" not in name
+    }
+    assert len(norms) == 9
+    for name in (
+        "self_attn.norm_q",
+        "self_attn.norm_k",
+        "cross_attn.norm_q",
+        "cross_attn.norm_k_img",
+        "norm1",
+    ):
+        norms[f"blocks.0.{name}"].eps = 1e-5
+        assert relative_error(run_ours(ours, given, timesteps), expected) > 1e-5, name
+        norms[f"blocks.0.{name}"].eps = 1e-6
+
+
+@torch.no_grad()
 def test_every_input_of_an_image_model_matters() -> None:
     ours, _ = twins(SIZES["i2v_tiny"])
     given, timesteps = inputs(ours.config), torch.full((2, FRAMES), 500.0)

@@ -1,5 +1,6 @@
 """What the transformer lets pass between frames, how it trains, and what it refuses."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from fastar.backbones.reference import BlockCausalAttend, FullAttend
 from fastar.backbones.wan import CausalWanTransformer, WanConfig
 from fastar.backbones.wan.config import ActionModuleConfig
-from fastar.backbones.wan.transformer import ProjectedTokens
+from fastar.backbones.wan.transformer import ProjectedTokens, sinusoid
 
 CONFIG = WanConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=48, freq_dim=32, num_actions=5)
 MODULE = ActionModuleConfig(layers=1, num_heads=2, key_embedding=4)
@@ -151,6 +152,38 @@ def test_numerics_agree_in_float32_and_keep_the_stream_where_they_say() -> None:
         "diffusers": torch.bfloat16,
         "self_forcing": torch.bfloat16,
     }
+
+
+def test_levels_are_embedded_in_float64() -> None:
+    """Cosines, then sines, of level * 10000^(-i / 128); diffusers' are of float32 angles, which parity cannot tell."""
+    levels = torch.tensor([[0.0, 999.9, 833.3333]])
+    waves = sinusoid(levels, 256)
+    assert waves.dtype == torch.float64 and waves.shape == (1, 3, 256)
+    for column, level in enumerate(levels[0].tolist()):
+        for i in (0, 1, 64, 127):
+            angle = level * 10000 ** (-i / 128)
+            assert waves[0, column, i].item() == pytest.approx(math.cos(angle), abs=1e-9)
+            assert waves[0, column, 128 + i].item() == pytest.approx(math.sin(angle), abs=1e-9)
+
+
+@torch.no_grad()
+def test_a_block_goes_from_frames_to_picture_to_actions_to_feed_forward() -> None:
+    """Matrix-Game's order, which no tensor tells, and diffusers has no such model to compare with."""
+    model = make_model(replace(CONFIG, num_actions=None, image_dim=8, text_dim=6, action_module=MODULE))
+    order: list[str] = []
+    for block in model.blocks:
+        block.ffn.register_forward_hook(lambda *_: order.append("ffn"))
+
+    def attend(stream: str, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        order.append(stream)
+        return torch.zeros_like(q)
+
+    latents, timesteps, _ = make_inputs()
+    told = torch.zeros(2, FRAMES, MODULE.window, MODULE.mouse_dim + MODULE.keyboard_dim)
+    model(
+        latents, timesteps, attend=attend, actions=told, text=torch.zeros(2, 3, 6), image=torch.zeros(2, 4, 8)
+    )
+    assert order == ["self", "text", "image", "mouse", "keyboard", "ffn", "self", "text", "image", "ffn"]
 
 
 @torch.no_grad()

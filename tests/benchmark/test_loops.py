@@ -46,6 +46,10 @@ def test_every_loop_is_a_row_of_each_method(
     frame = 2 * 2 * 2 * 64 * 24  # bytes of keys and values in bfloat16
     assert rows["self_forcing", "dense"]["cache_slots"] == 9 * 24
     assert rows["rolling_forcing", "window"]["budget"] == 4
+    assert {loop: row["steps"] for (loop, _), row in rows.items()} == {
+        "self_forcing": 4, "causvid": 3, "longlive": 4, "longlive_infinity": 4, "rolling_forcing": 5,
+        "diffusion_forcing": 6,
+    }  # fmt: skip
     assert rows["rolling_forcing", "window"]["cache_bytes"] <= 4 * frame
     # each loop's own window: 12 frames that a pass sees, 3 of them its own; what it keeps has room for no more
     kept = {loop: row["cache_bytes"] for (loop, method), row in rows.items() if method == "stock"}

@@ -117,13 +117,15 @@ def test_parts_of_a_chunk(benchmark_config: Configs) -> None:
 @pytest.mark.gpu
 def test_parts_of_a_chunk_on_a_gpu(benchmark_config: Configs) -> None:
     config = benchmark_config(
-        "mode=modules", "method=[stock,tempcache]", "steady.fill_frames=12", "device=cuda", "dtype=bfloat16"
-    )
+        "mode=modules", "method=[stock,tempcache,int4_window]", "steady.fill_frames=12", "device=cuda",
+        "dtype=bfloat16", "methods.int4_window.cache.read_slots=packed",
+    )  # fmt: skip
     rows = pd.DataFrame(run(config)["rows"])
     profiled = rows[rows["how"] == "profile"]
     for _, own in profiled.groupby("method"):
         assert {"attention", "gemm", "gaps", "waits"} <= set(own["part"])
         assert own[~own["part"].isin(["waits", "gaps"])]["ms"].sum() > 0
+    assert "attend self" in set(rows[rows["method"] == "int4_window"]["part"]), "packed slots, timed as such"
     kernels = pd.read_parquet(config.output + "/modules_kernels.parquet")
     assert (
         not kernels["kernel"].str.startswith("aten::").any()

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from omegaconf import DictConfig
 
-from fastar.benchmark import workload
+from fastar.benchmark import contents, workload
 from fastar.benchmark.command import run
 from fastar.benchmark.page import Page
 
@@ -118,3 +119,39 @@ def test_a_method_that_cannot_be_captured(
             opened.start(opened.variants[0], capture=True)
     else:
         assert opened.start(opened.variants[0], capture=True) == ("rollout", False)
+
+
+def test_a_trained_backbone_commits_its_own_clips(
+    benchmark_config: Configs, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.experiments.conftest import noise_clips
+
+    monkeypatch.setattr(contents, "render_clips", noise_clips)
+    trained = [
+        "backbone=tiny",
+        "data=doom_tiny",
+        f"checkpoint={repository}/checkpoints/tiny",
+        "rollout=few_step",
+    ]
+    shares = [
+        "history_frames=16",
+        "budget_shares=[0.5]",
+        "rollout.window.attended_frames=12",
+        "video_stride=1",
+    ]
+    asked = ["mode=rollout", "method=[stock,window,dense]", *trained, *shares, "steady.fill_frames=16"]
+    config = benchmark_config(*asked)
+    opened = workload.open_workload(config, Page(config), latent_frames=20)
+    clips = noise_clips(config.data, "heldout", [0, 1], prefill=16, generated=0)
+    assert opened.contents.about == "2 held-out clips" and opened.motion.distinct == 1
+    assert torch.equal(opened.contents.actions, clips.actions.flatten()[None])
+    encoded = opened.session.encode(clips.frames[1:, :4])
+    torch.testing.assert_close(opened.motion.chunk(16, 4, torch.device("cpu")), encoded, atol=2e-3, rtol=2e-3)
+    rows = {row["method"]: row for row in run(config)["rows"]}
+    assert all(row["reason"] is None and row["weights"] != "random" for row in rows.values())
+    assert rows["window"]["budget"] == 8 and rows["window"]["budget_share"] == 0.5
+    assert "budget_share" not in rows["stock"] and not rows["dense"]["captured"]
+    with pytest.raises(
+        ValueError, match="latents must have 16 channels; give it clips of its own, as in data=doom"
+    ):
+        run(benchmark_config("mode=rollout", "backbone=doom", "rollout=few_step"))

@@ -14,6 +14,7 @@ from tests.ann.compile_kernels import report
 POINTERS = {
     "q": "bf16", "k": "bf16", "v": "bf16", "out": "bf16", "lse": "fp32", "log_count": "fp32",
     "key_codes": "u8", "key_low": "fp16", "key_step": "fp16",
+    "first_row": "i64", "lengths": "i32",
     "value_codes": "u8", "value_low": "fp16", "value_step": "fp16",
     "source": "bf16", "order": "i64", "target": "bf16", "mask": "u8", "counts": "i32", "indices": "i32",
 }  # fmt: skip
@@ -35,11 +36,11 @@ def compiled(kernel, constants: dict[str, object], **options: int):  # type: ign
 
 def main() -> None:
     """All kernels, in the forms in which the engines launch them."""
-    for bits, biased in ((8, True), (4, True), (8, False)):
+    for bits, biased, group, ragged in ((8, True, 128, False), (4, True, 128, True), (8, False, 64, False)):
         tile = TILES[bits]
         constants = {
-            "D": 128, "KEY_GROUP": 64, "KEY_BITS": bits, "VALUE_GROUP": 64, "VALUE_BITS": bits,
-            "Q": tile.queries, "K": tile.keys, "BIASED": biased, "UPCAST": False,
+            "D": 128, "KEY_GROUP": group, "KEY_BITS": bits, "VALUE_GROUP": group, "VALUE_BITS": bits,
+            "Q": tile.queries, "K": tile.keys, "BIASED": biased, "RAGGED": ragged, "UPCAST": False,
         }  # fmt: skip
         result = compiled(attend_packed, constants, num_warps=tile.warps, num_stages=tile.stages)
         report(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastar import engines
 from fastar.cache.slots import SlotFormat
-from fastar.engines.packed import Packed, Tile, attend_packed
+from fastar.engines.packed import HeadRows, Packed, Tile, attend_packed
 
 from .conftest import Draw
 from .test_engines import TOLERANCE, relative_error
@@ -88,6 +88,44 @@ def test_nothing_to_attend_to(draw: Draw) -> None:
     assert torch.isfinite(out).all() and torch.isfinite(lse[0, 0]).all() and (out[0, 0] != 0).any()
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_heads_with_slots_of_their_own(draw: Draw, bits: int, biased: bool, device: torch.device) -> None:
+    """One after the other in rows that all share, with rubbish between them; a head may have none."""
+    draw, lengths = dataclasses.replace(draw, device=device), [[37, 0, 5], [16, 33, 1]]
+    form, total = SlotFormat(bits, group=16), 150
+    sizes = [length for row in lengths for length in row]
+    starts = [3 + sum(sizes[:place]) + 2 * place for place in range(len(sizes))]
+    keys, k_rows = packed(draw.normal(1, 1, total, 32), form, total)
+    values, v_rows = packed(draw.normal(1, 1, total, 32), form, total)
+    log_count = draw.log_count(1, 1, total).clamp_min(0) if biased else None
+    used = torch.zeros(total, dtype=torch.bool, device=device)
+    for start, size in zip(starts, sizes, strict=True):
+        used[start : start + size] = True
+    for field in (keys.low, keys.step, values.low, values.step):
+        field[:, :, ~used] = torch.nan
+    first = torch.tensor(starts, device=device).view(2, 3)
+    rows = HeadRows(first, torch.tensor(lengths, dtype=torch.int32, device=device))
+    q, k, v = (draw.normal(2, 3, n, 32) for n in (21, 19, 19))
+    out, lse = attend_packed(q, keys, values, k, v, log_count=log_count, rows=rows, tile=SMALL)
+    tolerance = 1e-5 if device.type == "cpu" else 2e-3
+    for place, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        batch, head, part = place // 3, place % 3, slice(start, start + size)
+        whole = [
+            torch.cat([old[0, 0, part], new[batch, head]])[None, None]
+            for old, new in ((k_rows, k), (v_rows, v))
+        ]
+        counts = torch.zeros(1, 1, size + 19, device=device)
+        if log_count is not None:
+            counts[..., :size] = log_count[..., part]
+        own = q[batch, head][None, None]
+        expected, natural = engines.attend(own, *whole, log_count=counts, engine="reference", return_lse=True)
+        assert relative_error(out[batch, head], expected) < tolerance
+        torch.testing.assert_close(lse[batch, head], natural[0, 0], rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match=r"lengths int32, both \[batch, heads\] = \(2, 3\)"):
+        attend_packed(q, keys, values, k, v, rows=HeadRows(rows.first, rows.lengths.long()), tile=SMALL)
+
+
 def test_what_the_kernel_does_not_take(draw: Draw) -> None:
     q = draw.normal(1, 2, 5, 32)
     slots, _ = packed(draw.normal(1, 2, 20, 32), SlotFormat(8, group=16), 24)
@@ -106,13 +144,15 @@ def test_what_the_kernel_does_not_take(draw: Draw) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", [128, 64])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_geometry_of_wan(draw: Draw, bits: int) -> None:
-    """With the tile that is used there."""
+def test_the_geometry_of_wan(draw: Draw, bits: int, group: int) -> None:
+    """With the tile that is used there, and the groups of caches (128) and of the benchmark."""
     draw = dataclasses.replace(draw, device=torch.device("cuda"), dtype=torch.bfloat16)
     q, k, v = (draw.normal(1, 12, n, 128) for n in (700, 700, 700))
-    keys, k_past = packed(draw.normal(1, 12, 3000, 128), SlotFormat(bits), 4000)
-    values, v_past = packed(draw.normal(1, 12, 3000, 128), SlotFormat(bits), 4000)
+    form = SlotFormat(bits, group=group)
+    keys, k_past = packed(draw.normal(1, 12, 3000, 128), form, 4000)
+    values, v_past = packed(draw.normal(1, 12, 3000, 128), form, 4000)
     log_count = draw.log_count(1, 12, 3000)
     out, _ = attend_packed(q, keys, values, k, v, log_count=log_count)
     counts = torch.zeros(1, 12, 3700, device="cuda")

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
+from fastar.compare.comparison import Comparison
 from fastar.compare.job import compare
 from fastar.compare.played import played_clip
 from fastar.compare.prompt_clips import part_of_set, prompt_clips
@@ -20,8 +21,8 @@ from fastar.compare.session import open_session
 from fastar.compare.single import roll
 from fastar.compare.starts import image_encoder_of
 from fastar.data.video import read_mp4
-from fastar.results import load_runs
-from tests.experiments.conftest import ROOT
+from fastar.results import load, load_runs
+from tests.experiments.conftest import ROOT, values
 from tests.wan_parts import write_image_encoder, write_text_encoder, write_vae
 
 Compose = Callable[..., DictConfig]
@@ -111,10 +112,10 @@ def test_the_condition_is_of_the_image_and_grey_frames(composed: Compose) -> Non
 
 
 def test_methods_are_compared_on_images(composed: Compose, tmp_path: Path) -> None:
-    settings = ["source=prompts", "seeds=1", "prefill_frames=0", "protocols=[C]", "method=[dense,empty]"]
+    settings = ["source=prompts", "seeds=1", "prefill_frames=0", "protocols=[B,C]", "method=[dense,empty]"]
     compare(composed("i2v", *settings, "metrics=fast", name="compare"), report=False)
     runs = load_runs(tmp_path / "outputs")
-    assert set(runs["status"]) == {"done"} and len(runs) == 2
+    assert set(runs["status"]) == {"done"} and len(runs) == 4
     assert all(config["data"]["image_encoder"] for config in identities(tmp_path))
 
 
@@ -129,9 +130,34 @@ def test_a_game_is_played_from_an_image(composed: Compose, tmp_path: Path) -> No
     assert roll(composed("game", f"image={tmp_path / 'red.png'}")) != run
 
 
+def test_methods_are_compared_on_a_game(composed: Compose, tmp_path: Path) -> None:
+    """Each seed presses its own keys; dense denoises its own video again, whose actions have a past of their own."""
+    settings = ["source=image", "actions=random", "seeds=2", "batch=2", "prefill_frames=0", "metrics=fast"]
+    config = composed("game", *settings, "protocols=[A,B,C]", "method=[dense,empty]", name="compare")
+    compare(config, report=False)
+    rows, runs = load(tmp_path / "outputs"), load_runs(tmp_path / "outputs")
+    assert set(runs["status"]) == {"done"} and len(runs) == 6
+    for protocol in "AB":
+        assert values(rows, "latent_error", method="dense", protocol=protocol) == [0] * 4
+        assert min(values(rows, "latent_error", method="empty", protocol=protocol, chunk=1)) > 0
+    assert {path.stem for path in tmp_path.rglob("generated_seed*.mp4")} == {"generated_seed0"}
+    assert all(
+        found["data"].keys() == {"image", "actions", "image_encoder"} for found in identities(tmp_path)
+    )
+    assert str(tmp_path) not in json.dumps(identities(tmp_path)), "where files lie does not count"
+    session = open_session(config)
+    told = played_clip(config, session.backbone.config, [0, 1]).actions
+    assert told.shape == (2, 6, 12, 6) and not torch.equal(told[0], told[1])
+    with pytest.raises(ValueError, match=r"there is none at nowhere\.png"):
+        Comparison(composed("game", *settings, "image=nowhere.png", name="compare"), session).planned()
+    with pytest.raises(ValueError, match="'wan_i2v_14b' has no mouse and keyboard to be played with"):
+        config = composed("i2v", *settings, name="compare")
+        Comparison(config, open_session(config))
+
+
 def test_actions_reach_the_frames_that_they_lead_to(composed: Compose) -> None:
     config = composed("game")
-    clip = played_clip(config, open_session(config).backbone.config)
+    clip = played_clip(config, open_session(config).backbone.config, [0])
     assert clip.actions.shape == (1, 6, 12, 6) and clip.end == 6
     mouse, keys = clip.actions[0].split([2, 4], dim=-1)
     assert keys[0, :, 0].eq(1).all(), "before the first frame it is as in it"

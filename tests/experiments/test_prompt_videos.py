@@ -281,17 +281,25 @@ def test_methods_are_compared_on_prompts_in_pixels(compared: Compose, tmp_path: 
     assert str(tmp_path) not in json.dumps(config), "where files lie does not count"
 
 
+@pytest.mark.parametrize(("given", "prompts"), [(3, "own.csv"), (0, "prompts.txt")])
 def test_every_protocol_decodes_each_chunk_after_the_frames_before_it(
-    compared: Compose, tmp_path: Path
+    compared: Compose, tmp_path: Path, given: int, prompts: str
 ) -> None:
-    """Dense denoises its own trajectory again: only if the decoder stands where it stood are the pixels the same."""
-    settings = ["prefill_frames=3", "protocols=[A,B]", "seeds=1", "save_every=1"]
-    compare(compared(*settings, "name=whole", prompts="own.csv"), report=False)
+    """Dense denoises its own trajectory again: only if the decoder stands where it stood are the pixels the same.
+
+    With an image to begin with, and from frame 0 on prompts alone, where the first chunk has no past to lack.
+    """
+    settings = [f"prefill_frames={given}", "protocols=[A,B]", "seeds=1", "save_every=1", "attention_chunks=2"]
+    compare(compared(*settings, "name=whole", prompts=prompts), report=False)
     rows = load(tmp_path / "outputs" / "whole")
+    first, last = (values(rows, "recall", method="empty", protocol="A", chunk=chunk) for chunk in (0, 1))
+    assert (first == [pytest.approx(1)]) == (given == 0) and last[0] < 0.9
     for protocol in "AB":
         assert values(rows, "latent_error", method="dense", protocol=protocol) == [0, 0]
         assert values(rows, "psnr", method="dense", protocol=protocol) == [100, 100]
-        assert max(values(rows, "psnr", method="empty", protocol=protocol)) < 100
+        first, last = values(rows, "psnr", method="empty", protocol=protocol)
+        assert (first == 100) == (given == 0) and last < 100
+        assert len(values(rows, "byte_share", method="dense", protocol=protocol)) == (2 if given else 1)
 
     made = 0
 
@@ -301,7 +309,7 @@ def test_every_protocol_decodes_each_chunk_after_the_frames_before_it(
         if made == 5:  # in the second chunk of protocol A
             raise KeyboardInterrupt
 
-    config = compared(*settings, "protocols=[A]", "name=parts", prompts="own.csv")
+    config = compared(*settings, "protocols=[A]", "name=parts", prompts=prompts)
     with pytest.raises(KeyboardInterrupt):
         Comparison(config, open_session(config), advance=interrupt).run()
     compare(config, report=False)

@@ -204,6 +204,7 @@ def test_workloads_open_with_their_command() -> None:
             "data=noise has no clips of source=returns",
         ),
         (["debug=tiny_text", "frames=4"], "3-frame chunks: ask for 3"),
+        (["debug=tiny", "prefill_frames=0"], "prefill_frames must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_one_clear_sentence(composed: Compose, overrides: list[str], message: str) -> None:

@@ -56,6 +56,25 @@ def test_levels_are_the_published_ones(name: str, expected: list[float]) -> None
     assert loop.renoise and loop.commit_timestep == 0
 
 
+WINDOWS = {
+    "self_forcing": {"attended_frames": 21},
+    "causvid": {"attended_frames": 21},
+    "longlive": {"attended_frames": 12, "sink_frames": 3},
+    "longlive_infinity": {"attended_frames": 12, "sink_frames": 3, "move_sink": True},
+    "rolling_forcing": {"attended_frames": 21, "sink_frames": 3, "move_sink": True, "sink_in_commits": False},
+    "diffusion_forcing": {"attended_frames": 35},
+    "matrix_game_2": {"attended_frames": 6},
+}
+
+
+def test_windows_are_the_published_ones() -> None:
+    """What `uncached` below takes for granted. SkyReels-V2: 30 frames in flight and the overlap of two segments."""
+    assert {name: config.window for name, config in CONFIGS.items()} == WINDOWS
+    assert {name: config.get("causal", True) for name, config in CONFIGS.items()} == {
+        name: name != "rolling_forcing" for name in WINDOWS
+    }
+
+
 def test_skyreels_constants() -> None:
     loop = make(CONFIGS["diffusion_forcing"], chunk_frames=5)
     assert (len(loop.timesteps), loop.stagger, loop.causal, loop.renoise) == (30, 5, True, False)

@@ -292,13 +292,15 @@ def test_chunks_in_flight_go_on_under_a_new_prompt(words: Backbone, name: str) -
 # -- protocols ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("start", [0, 6])
 @pytest.mark.parametrize("name", STAGGERED)
-def test_protocols_hold_chunks_in_flight_against_dense(backbone: Backbone, name: str) -> None:
+def test_protocols_hold_chunks_in_flight_against_dense(backbone: Backbone, name: str, start: int) -> None:
     """Dense and a window with room for everything reproduce dense's trajectory, an empty cache does not."""
-    loop, frames, start = LOOPS[name], 24, 6
+    loop, frames = LOOPS[name], 18 + start
     history, told = clip(start)[0], actions(frames)
     dense = started(backbone, loop, end_frame=frames)
-    dense.prefill(history, told[:, :start])
+    if start:
+        dense.prefill(history, told[:, :start])
     trajectory = torch.cat([history, generated(dense, frames)], dim=1)
     caches: dict[str, Callable[[], CachePolicy]] = {
         "dense": exact,

@@ -84,6 +84,41 @@ def test_dense_reproduces_its_trajectory_in_both_protocols(
     assert teacher.next_frame == HISTORY + GENERATED
 
 
+def test_a_trajectory_of_generated_frames_alone_begins_at_frame_0(backbone: Backbone) -> None:
+    """The first chunk is denoised on an empty cache in both protocols, also by a run that is taken up after it."""
+    latents, actions = clip(GENERATED, batch=2)
+    generated = extend_trajectory(
+        small_rollout(backbone, exact, seeds=SEEDS), latents[:, :0], actions, GENERATED
+    )
+    free = small_rollout(backbone, exact, seeds=SEEDS).generate(GENERATED, actions)
+    assert torch.equal(generated, torch.cat(list(free), dim=1))
+    for done in (0, 1):
+        caches: dict[str, CachePolicy] = {"dense": exact(), "empty": EmptyCache()}
+        teacher = small_rollout(
+            backbone, lambda own=caches: TeeCache(exact(), list(own.values())), seeds=SEEDS
+        )
+        students = {
+            name: small_rollout(backbone, lambda cache=cache: cache, seeds=SEEDS)
+            for name, cache in caches.items()
+        }
+        a = list(lockstep_a(teacher, students, generated, actions, 0, done=done))
+        b = [
+            (first, name, chunk)
+            for name in students
+            for first, chunk in lockstep_b(
+                small_rollout(backbone, {"dense": exact, "empty": EmptyCache}[name], seeds=SEEDS),
+                generated, actions, 0, done=done,
+            )
+        ]  # fmt: skip
+        for found in (a, b):
+            assert sorted((first, name) for first, name, _ in found) == [
+                (first, name) for first in range(2 * done, GENERATED, 2) for name in ("dense", "empty")
+            ]
+            for first, name, chunk in found:
+                same = torch.equal(chunk, generated[:, first : first + 2])
+                assert same == (name == "dense" or first == 0), "the past is all that the empty cache lacks"
+
+
 def test_room_for_everything_is_dense_and_an_empty_cache_is_not(
     backbone: Backbone, trajectory: tuple[Tensor, Tensor]
 ) -> None:

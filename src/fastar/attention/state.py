@@ -16,8 +16,10 @@ from fastar import engines
 from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
+from fastar.attention.packed import PackedKeys
 from fastar.attention.place import Placement
 from fastar.attention.places import PlaceMemory, Places
+from fastar.attention.reading import reading_of
 from fastar.attention.request import request_of
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.attention.tags import PromptTags, tags_for
@@ -37,7 +39,8 @@ class AttentionState:
         self_selector: which pairs of the self stream are computed.
         cross_selector: which text tokens are kept.
         engine: name of an attention engine, or `auto` (chosen once, see `self.engine`; `self.passed_over` says why not
-            one that is known to be faster).
+            one that is known to be faster). `self.reading` says how it reads the cache: packed slots by a kernel of
+            their own.
         rope, grid: the backbone's rotary embedding and tokens per frame (rows, columns).
         num_layers, num_heads, head_dim, batch, chunk_frames, compute_dtype, device: sizes of the calls to come.
         recorders: see every attention call.
@@ -81,7 +84,6 @@ class AttentionState:
         self.places = PlaceMemory(rope, grid, device)
         self._here: Places | None = None  # of the pass
         key_width = engines.key_width(self.engine, head_dim, device) if cache.counts_tokens else head_dim
-        self._memory = WorkingMemory(cache, key_width)
         self.device = device
         if not self.cache.is_bound:  # a follower of a `TeeCache` is bound, and filled, by its leader
             self.cache.bind(
@@ -98,6 +100,8 @@ class AttentionState:
                     key_width=key_width,
                 )
             )
+        self.reading = reading_of(self.cache, self_selector, self.engine, device, compute_dtype)
+        self._memory = WorkingMemory(cache, key_width, packed=self.reading.packed, ragged=self.reading.ragged)
 
     def begin_pass(self, context: PassContext) -> None:
         """Announce the pass whose attention calls follow."""
@@ -220,13 +224,10 @@ class AttentionState:
             plan = self._plan(event.layer, context, event.q, working)
         finally:
             self.context = None
-        out, _ = engines.attend(
-            event.q, working.own_keys, working.v, log_count=working.log_count, plan=plan, engine=self.engine
-        )
+        out = working.attend(event.q, plan, self.engine)
         return AttendEvent(
-            "self", event.layer, context, event.q, working.own_keys, working.v, working.log_count, plan, out,
-            candidates=working.k.shape[2],
-        )  # fmt: skip
+            "self", event.layer, context, event.q, *working.seen(), plan, out, candidates=working.total
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The cache, what selectors remember and the past of actions; bit for bit."""
@@ -251,8 +252,8 @@ class AttentionState:
     def _attend_self(self, layer: int, q_raw: Tensor, k_raw: Tensor, v: Tensor) -> Tensor:
         context = self._require_context()
         working = self._memory.of(layer, k_raw)
-        q = q_raw.new_empty(*q_raw.shape[:3], working.k.shape[3])
-        current_k, current_v = (x[:, :, working.cached :] for x in (working.k, working.v))
+        current_k, current_v = working.current
+        q = q_raw.new_empty(*q_raw.shape[:3], current_k.shape[3])
         ordered = self._standing(layer, context, working)
         # where nobody else looks at them, current tokens are put straight into the order of the plan
         straight = ordered is not None and not context.commits and not self.recorders
@@ -278,15 +279,18 @@ class AttentionState:
             own, seen, raw = q[:, :, rows], working.until(keys), (q_raw[:, :, rows], k_raw[:, :, :keys])
             plan = self._plan(layer, part, own[..., : seen.head_dim], seen, raw)
             if plan is not None and self.self_selector.keeps_plans and not context.chunks:
+                assert isinstance(seen, WorkingKeys)
                 ordered = self._memory.ordered(layer, seen, plan)
             outs.append(self._execute_self(layer, part, own, seen, plan, ordered))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _standing(self, layer: int, context: PassContext, working: WorkingKeys) -> OrderedKeys | None:
+    def _standing(
+        self, layer: int, context: PassContext, working: WorkingKeys | PackedKeys
+    ) -> OrderedKeys | None:
         """The past in the order of a plan that was made in an earlier pass, if there is one that this pass goes by."""
-        if context.chunks:
+        if context.chunks or isinstance(working, PackedKeys):
             return None
-        total = working.k.shape[2]
+        total = working.total
         plan = self.self_selector.standing(layer, context, total - working.cached, total)
         return None if plan is None else self._memory.ordered(layer, working, plan)
 
@@ -295,18 +299,15 @@ class AttentionState:
         layer: int,
         context: PassContext,
         q: Tensor,
-        keys: WorkingKeys,
+        keys: WorkingKeys | PackedKeys,
         plan: BlockPlan | None,
         ordered: OrderedKeys | None = None,
     ) -> Tensor:
         """Attention of q [B, H, L, W] over working keys of that width, read where they are `ordered`, if given."""
         out = keys.attend(q, plan, self.engine) if ordered is None else ordered.attend(q, self.engine)
-        self._tell(
-            AttendEvent(
-                "self", layer, context, q[..., : keys.head_dim], keys.own_keys, keys.v, keys.log_count, plan, out,
-                candidates=keys.k.shape[2],
-            )
-        )  # fmt: skip
+        if self.recorders:  # whose keys may have to be unpacked
+            own, total = q[..., : keys.head_dim], keys.total
+            self._tell(AttendEvent("self", layer, context, own, *keys.seen(), plan, out, candidates=total))
         return out
 
     def _parts(self, context: PassContext) -> Iterator[tuple[PassContext, slice, int]]:
@@ -317,11 +318,12 @@ class AttentionState:
             seen = (part.visible[1] - context.first_frame) * tokens
             yield part, slice(start, start + part.num_frames * tokens), seen
 
-    def _fill(self, layer: int, k: Tensor, v: Tensor) -> WorkingKeys:
+    def _fill(self, layer: int, k: Tensor, v: Tensor) -> WorkingKeys | PackedKeys:
         """The past, with roped keys and values [B, H, L, D] of the current tokens."""
         working = self._memory.of(layer, k)
-        working.own_keys[:, :, working.cached :] = k
-        working.v[:, :, working.cached :] = v
+        current_k, current_v = working.current
+        current_k[..., : k.shape[3]] = k
+        current_v[:] = v
         return working
 
     def _plan(
@@ -329,12 +331,13 @@ class AttentionState:
         layer: int,
         context: PassContext,
         q: Tensor,
-        working: WorkingKeys,
+        working: WorkingKeys | PackedKeys,
         raw: tuple[Tensor, Tensor] | None = None,
     ) -> BlockPlan | None:
         """The pairs to compute of a chunk's queries. `raw`: its queries and the current keys before RoPE, or undone."""
         if self.self_selector.is_dense(layer, context):
             return None
+        assert isinstance(working, WorkingKeys)  # `reading_of` has seen to that
         if raw is None:
             first, stop = context.visible
             own = (first, stop - first) == (context.first_frame, context.num_frames)

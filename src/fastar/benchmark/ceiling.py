@@ -55,8 +55,8 @@ class Ceiling:
         ]
         keys = rollout.state.cache.slots_used() + tokens
         pairs = tokens * keys * sum(shares) / len(shares)
-        if sizes.text_dim is not None and workload.prompts is not None:
-            pairs += tokens * (sizes.text_len or workload.prompts.embeddings.shape[1])
+        if sizes.text_dim is not None and workload.contents.prompts is not None:
+            pairs += tokens * (sizes.text_len or workload.contents.prompts.embeddings.shape[1])
         flops = 4 * pairs * sizes.dim * sizes.num_layers
         return self.linears_ms + 1e3 * flops / (self.attention_tflops * 1e12)
 
@@ -107,6 +107,8 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
         "captured": workload.capture,
         "execution": str(workload.execution),
         "chunk_tokens": workload.chunk_tokens,
+        "contents": workload.contents.about,
+        "history_frames": config.history_frames,
         "motion": {"latent_frames": len(workload.motion.latents), "sha256": workload.motion.sha256} | motion,
     }
     c, shown = ceiling, workload.motion.latents
@@ -118,8 +120,8 @@ def show_card(workload: Workload, config: DictConfig, page: Page) -> Ceiling:
         f"Alone: products of {config.matmul_size} x {config.matmul_size} matrices {c.matmul_tflops:.3g} TFLOP/s, "
         f"linears of a pass {c.linears_ms:.3g} ms ({c.linears_tflops:.3g} TFLOP/s), attention by {c.engine} on "
         f"{c.attention_keys:,} keys {c.attention_tflops:.3g} TFLOP/s, copies {c.copy_tb_s:.3g} TB/s. Contents: "
-        f"{len(shown):,} latent frames of recorded walks; {motion['distinct_frames']:.1%} of their video frames are "
-        f"distinct, {motion['near_earlier']:.0%} of the tokens nearly equal one of the six latent frames before "
+        f"{len(shown):,} latent frames of {workload.contents.about}; {motion['distinct_frames']:.1%} of their frames "
+        f"are distinct, {motion['near_earlier']:.0%} of the tokens nearly equal one of the six latent frames before "
         f"(noise: {motion['near_earlier_noise']:.0%}).",
     )
     return ceiling

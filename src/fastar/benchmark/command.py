@@ -15,6 +15,7 @@ from fastar.benchmark.modules import run_modules
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.record import run_record
 from fastar.benchmark.rollout import run_rollout
+from fastar.benchmark.search import run_search
 from fastar.cache.base import check_choice
 
 Mode = Callable[[DictConfig, Page], tuple[Rows, dict[str, Rows]]]
@@ -26,6 +27,7 @@ MODES: dict[str, Mode] = {
     "modules": run_modules,
     "endurance": run_endurance,
     "loops": run_loops,
+    "search": run_search,
 }
 
 

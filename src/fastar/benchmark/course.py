@@ -55,7 +55,7 @@ class Course:
     def advance(self) -> ChunkTimes:
         """Make the next chunk."""
         workload, rollout = self.workload, self.rollout
-        truth, actions = workload.truth(rollout), workload.actions()
+        truth, actions = workload.truth(rollout), workload.actions(rollout)
         with self.timer.chunk(frames=workload.video_frames):
             rollout.denoise(actions)
             rollout.commit(truth, actions)

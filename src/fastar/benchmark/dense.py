@@ -143,11 +143,11 @@ def _filled(workload: Workload, config: DictConfig, engine: str, frames: int) ->
 @torch.inference_mode()
 def _text_of(backbone: Backbone, workload: Workload) -> ProjectedTokens | None:
     """Keys and values of the prompt, projected once a rollout."""
-    if workload.prompts is None:
+    if workload.contents.prompts is None:
         return None
     transformer = backbone.transformer
     return transformer.project_text(
-        workload.prompts.text(workload.device, transformer.patch_embedding.weight.dtype)
+        workload.contents.prompts.text(workload.device, transformer.patch_embedding.weight.dtype)
     )
 
 

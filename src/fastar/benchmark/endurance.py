@@ -82,6 +82,7 @@ def _endured(
         **filled,
         **course.peaks(),
         "engine": course.rollout.state.engine,
+        **course.rollout.state.reading.record,
         "captured": course.captured,
         "execution": str(workload.execution),
         "weights": workload.weights,

@@ -23,10 +23,11 @@ from torch import Tensor
 from fastar.backbones import ImageCondition, Prompts
 from fastar.backbones.wan.actions import action_windows
 from fastar.backbones.wan.fused import Execution
+from fastar.benchmark.contents import random_prompts
 from fastar.benchmark.course import taken
 from fastar.benchmark.page import Page, Rows
 from fastar.benchmark.timing import matmul_flops
-from fastar.benchmark.workload import Variant, execution_of, random_prompts, variants_of
+from fastar.benchmark.workload import Variant, execution_of, variants_of
 from fastar.cache.base import check_choice
 from fastar.compare.session import RANDOM, Session, open_session
 from fastar.metrics.efficiency import PassTimer, PeakMemory, rates
@@ -70,7 +71,7 @@ class Given:
 
 
 def run_loops(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
-    """The mode `loops`: rows backbone, loop, method, budget, and what was measured or the reason why nothing was.
+    """The mode `loops`: rows backbone, loop, steps, method, budget, and what was measured or the reason why nothing.
 
     Of the chunks after the first: `fps` is video frames a second of denoising and commits, `fps_end_to_end` of wall
     time, `fps_median` that of the median chunk. Bytes that were allocated at most count the weights. `finite` says
@@ -105,7 +106,8 @@ def run_loops(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
     rows: Rows = []
     with _few_to_collect():
         for loop, looped, variant in _pairs(config, session):
-            row = named | {"loop": loop, "method": variant.name, "budget": variant.budget}
+            row = named | {"loop": loop, "steps": len(looped.loop.timesteps)}
+            row |= {"method": variant.name, "budget": variant.budget}
             row |= _measured(looped, variant, given, frames, config)
             rows.append(row)
             page.say(f"{loop}, {variant.label}: " + (row["reason"] or f"{row['fps']:.4g} frames/s"))
@@ -151,7 +153,7 @@ def _measured(
     row: dict[str, Any] = {"finite": None, "reason": None}
     try:
         rollout, captured = _start(session, variant, given, frames, config.capture)
-        row |= {"engine": rollout.state.engine, "captured": captured}
+        row |= {"engine": rollout.state.engine, "captured": captured, **rollout.state.reading.record}
         timer = _run(rollout, session, given, frames, config.video_stride)
         first, *later = timer.chunks
         speed = rates(later or [first])

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from fastar import engines
 from fastar.attention.events import AttendEvent
+from fastar.attention.packed import PackedKeys, PackedPast
 from fastar.attention.state import AttentionState
 from fastar.benchmark.ceiling import Ceiling, show_card
 from fastar.benchmark.course import Course
@@ -126,7 +127,7 @@ def _passes(course: Course) -> list[float]:
         else:
             marks.append(time.perf_counter())
 
-    truth, actions = course.workload.truth(course.rollout), course.workload.actions()
+    truth, actions = course.workload.truth(course.rollout), course.workload.actions(course.rollout)
     mark()
     course.rollout.denoise(actions, on_step=mark)
     course.rollout.commit(truth, actions)
@@ -140,7 +141,7 @@ def _passes(course: Course) -> list[float]:
 def _one_chunk(course: Course) -> Callable[[], None]:
     """Makes the next chunk, without a timer, which waits."""
     workload, rollout = course.workload, course.rollout
-    truth, actions = workload.truth(rollout), workload.actions()
+    truth, actions = workload.truth(rollout), workload.actions(rollout)
 
     def make() -> None:
         rollout.denoise(actions)
@@ -211,8 +212,15 @@ def attention_parts(subject: Subject) -> Rows:
 
 
 def _attend(event: AttendEvent, engine: str, state: AttentionState) -> Callable[[], object]:
-    """The call of an event as rollouts make it: log-counts in the keys, these in the order of a plan that is kept."""
+    """The call of an event as rollouts make it: log-counts in the keys, these in the order of a plan that is kept.
+
+    Packed slots are those that the cache has by now.
+    """
     q, k, v, log_count, plan = event.q, event.k, event.v, event.log_count, event.plan
+    if event.stream == "self" and state.reading.packed:
+        past, own = PackedPast.of(state.cache.stored(event.layer)), event.current_keys
+        packed = PackedKeys(past, k[:, :, -own:], v[:, :, -own:])
+        return lambda: packed.attend(q, plan, engine)
     head_dim = q.shape[-1]
     if plan is not None and state.self_selector.keeps_plans:
         k, v = take_rows(k, plan.key_order), take_rows(v, plan.key_order)

@@ -152,7 +152,9 @@ class _Table:
             "cache_slots": cache.slots_used(),
             "layers": workload.layers,
             "engine": course.rollout.state.engine,
-            "captured": course.captured,
+            **course.rollout.state.reading.record,
+            # while a cache grows every pass meets another layout, and runs as it is
+            "captured": course.captured and bool(filled["full"]),
             "execution": str(workload.execution),
             "weights": workload.weights,
         }
@@ -178,7 +180,8 @@ def _speed(block: list[ChunkTimes]) -> float:
 
 
 def _named(variant: Variant) -> dict[str, Any]:
-    return {"method": variant.name, "budget": variant.budget}
+    named = {"method": variant.name, "budget": variant.budget}
+    return named if variant.share is None else named | {"budget_share": variant.share}
 
 
 def _number(value: Any) -> str:

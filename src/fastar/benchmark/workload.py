@@ -1,7 +1,8 @@
 """What the rollouts of a benchmark share: the backbone, real motion as contents, and the methods at their budgets.
 
 Weights are random, as a rule, and so is the prompt; neither changes what is computed. Every chunk is denoised from
-noise and the *true* latents of its frames are committed: caches hold real motion whatever the weights make of it.
+noise and the *true* latents of its frames are committed: caches hold real motion whatever the weights make of it. A
+trained backbone with clips of its own (`data` in conf/benchmark.yaml) commits those.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fastar.backbones import Prompts
 from fastar.backbones.wan.fused import Execution
+from fastar.benchmark.contents import Contents, contents_of
 from fastar.benchmark.page import Page
 from fastar.compare.methods import budgeted, method_of, resolved
 from fastar.compare.session import RANDOM, Session, open_session
-from fastar.data.noise import NoiseClips
-from fastar.data.recorded import COEFFICIENTS, Motion, load_motion, nearest_shares
+from fastar.data.recorded import Motion, nearest_shares
 from fastar.rollout.method import Method, start_rollout
 from fastar.rollout.rollout import Rollout
 
@@ -33,12 +33,14 @@ class Variant:
     Attributes:
         name: of the method.
         budget: latent frames whose dense bfloat16 bytes its cache gets; None: its own.
+        share: of how many frames that is, where budgets are given so.
         method: what attends.
     """
 
     name: str
     budget: float | None
     method: Method
+    share: float | None = None
 
     @property
     def label(self) -> str:
@@ -51,8 +53,7 @@ class Workload:
 
     Attributes:
         session: backbone, loop and device.
-        motion: the latents that are committed.
-        prompts: random, or None for a backbone that reads none.
+        contents: what is committed.
         variants: all methods at all budgets, those without a budget once.
         capture: whether passes that can be are captured in CUDA graphs.
         must_capture: whether a method that cannot be is an error.
@@ -62,8 +63,7 @@ class Workload:
     """
 
     session: Session
-    motion: Motion
-    prompts: Prompts | None
+    contents: Contents
     variants: tuple[Variant, ...]
     capture: bool
     must_capture: bool
@@ -74,6 +74,11 @@ class Workload:
     @property
     def device(self) -> torch.device:
         return self.session.device
+
+    @property
+    def motion(self) -> Motion:
+        """The latents that are committed."""
+        return self.contents.motion
 
     @property
     def video_frames(self) -> int:
@@ -102,7 +107,12 @@ class Workload:
             capture: whether they shall be. A method that cannot be captured runs as it is, unless `must_capture`.
             options: further arguments of `start_rollout`.
         """
-        shared: dict[str, Any] = {"loop": self.session.loop, "seeds": [0], "prompts": self.prompts, **options}
+        shared: dict[str, Any] = {
+            "loop": self.session.loop,
+            "seeds": [0],
+            "prompts": self.contents.prompts,
+            **options,
+        }
         backbone = self.session.backbone
         if capture:
             try:
@@ -116,11 +126,12 @@ class Workload:
         """The true latents [1, n, C, h, w] of the chunk that `rollout` makes next."""
         return self.motion.chunk(rollout.next_frame, self.session.chunk, self.device)
 
-    def actions(self) -> Tensor | None:
-        """Those of a chunk, for a backbone that takes any: none is pressed."""
+    def actions(self, rollout: Rollout) -> Tensor | None:
+        """Those of the chunk that `rollout` makes next, for a backbone that takes any; a recording has none."""
         if self.session.backbone.config.transformer.num_actions is None:
             return None
-        return torch.zeros(1, self.session.loop.frames_in_flight, dtype=torch.long)
+        given = self.contents.actions_of(rollout.next_frame, self.session.chunk)
+        return torch.zeros(1, self.session.chunk, dtype=torch.long) if given is None else given
 
     def variant(self, name: str) -> Variant:
         """The first one of a method.
@@ -139,21 +150,17 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
 
     Args:
         config: as conf/benchmark.yaml.
-        latent_frames: of the recording, at least; more are not read. None: all of it.
+        latent_frames: of the contents, at least; more are not read. None: all of the recording.
 
     Raises:
         ValueError: no recording or one that is too short, an unknown method, a backbone that does not fit.
     """
     session, capture = open_session(config), _capture(config.capture, page.device)
     sizes = session.backbone.config.transformer
-    if (
-        sizes.out_channels != len(COEFFICIENTS)
-        or sizes.action_module is not None
-        or sizes.image_dim is not None
-    ):
+    if sizes.action_module is not None or sizes.image_dim is not None:
         raise ValueError(
-            f"the backbone '{session.backbone.config.name}' is not measured here: its latents must have "
-            f"{len(COEFFICIENTS)} channels, and it must need neither images nor mouse and keyboard"
+            f"the backbone '{session.backbone.config.name}' is not measured here: it must need no images and neither "
+            "mouse nor keyboard"
         )
     if session.loop.most_in_flight > 1:
         raise ValueError(
@@ -161,13 +168,9 @@ def open_workload(config: DictConfig, page: Page, *, latent_frames: int | None =
         )
     execution = execution_of(config.execution, page.device)
     execution.apply(session.backbone.transformer)
-    motion = load_motion(config.motion.folder, tuple(config.backbone.frame_size), page.device, latent_frames)
-    if latent_frames is not None:
-        motion.chunk(0, latent_frames, torch.device("cpu"))  # a recording that is too short says so now
     return Workload(
         session=session,
-        motion=motion,
-        prompts=random_prompts(session, config.seed),
+        contents=contents_of(config, session, page.device, latent_frames),
         variants=tuple(variants_of(config)),
         capture=capture,
         must_capture=config.capture is True,
@@ -184,11 +187,17 @@ def execution_of(config: DictConfig, device: torch.device) -> Execution:
 
 
 def variants_of(config: DictConfig) -> list[Variant]:
-    """Every method of `config.methods`, at each of `config.budgets` if it follows the common budget."""
+    """Every method of `config.methods`, at each budget if it follows the common one.
+
+    Budgets are `config.budgets`, or `config.budget_shares` of `config.history_frames` frames.
+    """
     follow, variants = budgeted(config.methods), []
+    budgets: list[tuple[float | None, float | None]] = [(budget, None) for budget in config.budgets]
+    if config.budget_shares is not None:
+        budgets = [(share * config.history_frames, share) for share in config.budget_shares]
     for name, node in resolved(config).items():
-        for budget in list(config.budgets) if name in follow else [None]:
-            variants.append(Variant(name, budget, method_of(name, _at_budget(node, budget))))
+        for budget, share in budgets if name in follow else [(None, None)]:
+            variants.append(Variant(name, budget, method_of(name, _at_budget(node, budget)), share))
     return variants
 
 
@@ -207,22 +216,6 @@ def _at_budget(node: Mapping[str, Any], budget: float | None) -> dict[str, Any]:
     if budget is not None:
         changed["cache"].update(budget_share=None, budget_frames=budget)
     return changed
-
-
-def random_prompts(session: Session, seed: int) -> Prompts | None:
-    """One prompt of random embeddings, for a backbone that reads any."""
-    config = session.backbone.config
-    if config.transformer.text_dim is None:
-        return None
-    clips = NoiseClips(
-        channels=config.transformer.out_channels,
-        frame_size=config.frame_size,
-        text_dim=config.transformer.text_dim,
-        text_len=config.transformer.text_len,
-        seed=seed,
-    )
-    clip = clips.clip(0, history=1, future=0)
-    return Prompts(clip["prompt"][None], clip["prompt_tokens"][None])
 
 
 def _capture(asked: bool | None, device: torch.device) -> bool:

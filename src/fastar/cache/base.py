@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext
 from fastar.attention.rope import RotaryEmbedding
+from fastar.cache.slots import ReadSlots, SlotFormat, Slots
 
 if TYPE_CHECKING:
     from fastar.cache.lineage import Lineage
@@ -53,6 +54,11 @@ class CacheSpec:
         """Bytes of one latent frame in a dense bfloat16 cache, keys and values of all layers: the unit of budgets."""
         return 2 * 2 * self.num_layers * self.batch * self.num_heads * self.head_dim * self.tokens_per_frame
 
+    @property
+    def slot_copy_bytes(self) -> int:
+        """Bytes of a key and a value in the compute dtype, in all heads and batch entries of one layer."""
+        return 2 * self.batch * self.num_heads * self.head_dim * self.compute_dtype.itemsize
+
 
 @dataclass
 class Staged:
@@ -80,6 +86,7 @@ class CacheView:
             every slot is one token.
         positions: int64 [B, H, S, 3], (frame, row, column) that the key is roped to; None if S is 0.
         origins: the same, where the tokens stand in the video; None: `positions`.
+        lengths: int32 [B, H], slots that each head has; what is behind them has a log-count of -inf. None: all S.
     """
 
     k: Tensor
@@ -87,6 +94,7 @@ class CacheView:
     log_count: Tensor | None
     positions: Tensor | None
     origins: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,66 @@ class Room:
 
     k: Tensor
     v: Tensor
+
+
+@dataclass
+class StoredView:
+    """What attention reads of a layer's past as it lies in memory, valid until the next commit.
+
+    Attributes:
+        slots: S of them, keys and values packed as `format` says. Where heads have slots of their own, [1, 1, R, ...]:
+            the rows of all heads.
+        format: of keys and values.
+        log_count: as in `CacheView`, or of all rows, [1, 1, R].
+        first, lengths: int64 and int32 [B, H], the row of a head's first slot, and its slots, one after the other.
+            None: all heads have S.
+        longest: slots of the head that has most; None: S.
+    """
+
+    slots: Slots
+    format: SlotFormat
+    log_count: Tensor | None
+    first: Tensor | None = None
+    lengths: Tensor | None = None
+    longest: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Slots of the head that has most."""
+        return self.slots.size if self.longest is None else self.longest
+
+    def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, D], or of all rows."""
+        k, v = (self.format.unpack(name, self.slots.fields, dtype) for name in ("key", "value"))
+        return k, v
+
+    def padded(self) -> StoredView:
+        """The same with as many slots in all heads, empty ones among them, copied."""
+        if self.first is None or self.lengths is None:
+            return self
+        number = torch.arange(self.size, device=self.first.device)
+        live = number < self.lengths[..., None]
+        rows = torch.where(live, self.first[..., None] + number, 0)
+        fields = {name: x[0, 0, rows] for name, x in self.slots.fields.items()}
+        counts = torch.zeros((), device=rows.device) if self.log_count is None else self.log_count[0, 0, rows]
+        return StoredView(Slots(fields), self.format, torch.where(live, counts, -torch.inf))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Of a cache of 8- or 4-bit slots, which attention could read as the codes they are (`CachePolicy.stored`).
+
+    Attributes:
+        format: of the codes.
+        read: what the user asks for.
+        copy_bytes: of all keys and values that it may keep, in the compute dtype; None if they grow without bound.
+        obstacle: why `stored` is not to be had, if it is not.
+    """
+
+    format: SlotFormat
+    read: ReadSlots
+    copy_bytes: int | None
+    obstacle: str | None = None
 
 
 class CachePolicy(ABC):
@@ -149,6 +217,20 @@ class CachePolicy(ABC):
         the cache, and is lost when it changes.
         """
         return None
+
+    @property
+    def uneven(self) -> bool:
+        """Whether views may have `lengths`."""
+        return False
+
+    @property
+    def packing(self) -> Packing | None:
+        """What there is to know of slots of 8 or 4 bits; None: they have 16."""
+        return None
+
+    def stored(self, layer: int) -> StoredView:
+        """The slots of `view` as they lie in memory."""
+        raise ValueError(f"{type(self).__name__} has no slots that could be read as they are stored")
 
     @abstractmethod
     def stage(self, layer: int, staged: Staged) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -90,6 +90,17 @@ class SlotBuffers:
         for layer, before in enumerate(self):
             self._layers[layer] = self._allocate(size, 1)
             self[layer].write(0, before.narrow(0, keep))
+
+    def move(self, fields: Mapping[str, Tensor]) -> None:
+        """Have some fields of a single layer in other memory, tensors of the same shapes, which get their contents."""
+        assert len(self) == 1 and self._together
+        self.generation += 1
+        slots = self[0]
+        for name, place in fields.items():
+            place.copy_(slots[name])
+        moved = slots.replace(**fields)
+        self._blocks = [(moved, moved["key"])]
+        self._cut(1)
 
     def _cut(self, layers: int) -> None:
         """Layers, of the block that holds them together."""

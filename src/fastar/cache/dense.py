@@ -14,7 +14,7 @@ class DenseCache(SlotPolicy):
     """Keeps everything; memory and work per pass grow with the rollout. The reference of every comparison.
 
     Args:
-        slot_bits, storage, quant_group: see `SlotPolicy`.
+        slot_bits, storage, quant_group, read_slots: see `SlotPolicy`.
     """
 
     def absorb(

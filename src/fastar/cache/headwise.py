@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Staged, at_once
+from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Packing, Staged, StoredView, at_once
 from fastar.cache.budget import Budget, BudgetedPolicy
 from fastar.cache.head_errors import HeadErrors
 from fastar.cache.lineage import Lineage, PartOfHeads
+from fastar.cache.rows import HeadGroup, LayerRows
+from fastar.cache.slots import ReadSlots
 
 MakePolicy = Callable[..., BudgetedPolicy]
 
@@ -27,22 +29,14 @@ class Part:
     make: MakePolicy
 
 
-@dataclass(frozen=True)
-class HeadGroup:
-    """Heads of one layer and the policy that serves them."""
-
-    layer: int
-    heads: list[int]
-    policy: BudgetedPolicy
-
-
 class HeadwiseCache(CachePolicy):
     """Splits the budget over layers and heads by what they need, then leaves each group of heads to `policy`.
 
     What heads need comes from `HeadErrors`, measured once for a checkpoint (experiments/calibrate.py). In a layer whose
-    heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest: the budget
-    bounds the bytes that are kept, while the time of attention follows a layer's longest head. Every group calls its
-    layer 0: policies that draw lots by layer draw the same in all.
+    heads hold unequally many slots, the view is padded with empty slots (log count -inf) to the longest and says how
+    many each head has (`CacheView.lengths`): engines that take lengths read no more (`fastar.attention.reading`).
+    Packed slots can be read as they are stored, those of a layer in one call, if all groups have the same kind. Every
+    group calls its layer 0: policies that draw lots by layer draw the same in all.
 
     Args:
         policy: makes the policy of a group, given `budget_bytes`.
@@ -74,6 +68,7 @@ class HeadwiseCache(CachePolicy):
             history_frames=history_frames,
         )
         self.groups: list[HeadGroup] = []
+        self._rows: list[LayerRows] = []
 
     def bind(self, spec: CacheSpec) -> None:
         super().bind(spec)
@@ -82,6 +77,10 @@ class HeadwiseCache(CachePolicy):
         except ValueError:
             self._spec = None
             raise
+        packing = self.packing
+        if packing is not None and packing.obstacle is None:
+            layers = range(spec.num_layers)
+            self._rows = [LayerRows(list(self._of(layer)), packing.format, spec) for layer in layers]
 
     def total_budget(self) -> int:
         """The budget in bytes."""
@@ -188,15 +187,45 @@ class HeadwiseCache(CachePolicy):
         k, v = (longest.k.new_zeros(*shape, self.spec.head_dim) for _ in range(2))
         positions = longest.positions.new_zeros(*shape, 3)
         log_count = torch.full(shape, -torch.inf, device=k.device)
-        even = True
+        even, sizes = True, [0] * self.spec.num_heads
         for heads, view in views:
             size = view.k.shape[2]
+            for head in heads:
+                sizes[head] = size
             assert view.positions is not None  # all groups take in the same commits
             k[:, heads, :size], v[:, heads, :size] = view.k, view.v
             positions[:, heads, :size] = view.positions
             log_count[:, heads, :size] = 0 if view.log_count is None else view.log_count
             even &= size == shape[2] and view.log_count is None
-        return CacheView(k, v, None if even else log_count, positions)
+        lengths = None
+        if min(sizes) < max(sizes):
+            lengths = torch.tensor([sizes] * self.spec.batch, dtype=torch.int32, device=k.device)
+        return CacheView(k, v, None if even else log_count, positions, lengths=lengths)
+
+    @property
+    def uneven(self) -> bool:
+        held = [{group.policy.capacity_slots() for group in self._of(n)} for n in range(self.spec.num_layers)]
+        return any(len(sizes) > 1 for sizes in held)
+
+    @property
+    def packing(self) -> Packing | None:
+        found = [group.policy.packing for group in self.groups]
+        packings = [packing for packing in found if packing is not None]
+        if not packings:
+            return None
+        asked = {packing.read for packing in packings}
+        ways: tuple[ReadSlots, ...] = ("packed", "unpacked", "auto")
+        read = next(way for way in ways if way in asked)
+        alike = len(packings) == len(found) and len({packing.format for packing in packings}) == 1
+        spec = self.spec
+        longest = sum(max(g.policy.capacity_slots() for g in self._of(n)) for n in range(spec.num_layers))
+        obstacle = None if alike else "heads have slots of different kinds"
+        return Packing(packings[0].format, read, longest * spec.slot_copy_bytes, obstacle)
+
+    def stored(self, layer: int) -> StoredView:
+        if not self._rows:
+            return super().stored(layer)
+        return self._rows[layer].stored()
 
     def drop_from(self, first_frame: int) -> None:
         for group in self.groups:

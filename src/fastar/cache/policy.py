@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastar.cache.base import CachePolicy, CacheSpec, CacheView, Execute, Room, Staged, at_once
+from fastar.cache.base import (
+    CachePolicy,
+    CacheSpec,
+    CacheView,
+    Execute,
+    Packing,
+    Room,
+    Staged,
+    StoredView,
+    at_once,
+    check_choice,
+)
 from fastar.cache.buffers import SlotBuffers
 from fastar.cache.change import Change, Edit, Joined, Scratch
 from fastar.cache.lineage import Lineage, PartOfHeads
 from fastar.cache.slots import (
     DTYPES,
-    MAX_FRAME,
-    MAX_SIDE,
+    ReadSlots,
     SlotFormat,
     Slots,
     pack_positions,
     saved_tensor,
     unpack_positions,
 )
+from fastar.cache.staging import blocks_of, check_commit, check_staged
 
 Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
 """By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place,
@@ -44,16 +55,30 @@ class SlotPolicy(CachePolicy):
         slot_bits: 16, or 8 and 4 for codes that are really packed in memory (see `SlotFormat`).
         storage: dtype of 16-bit slots: bfloat16, float16, or float32 where exactness is to be tested.
         quant_group: numbers that share a scale in 8- and 4-bit slots; None means a whole head.
+        read_slots: how attention reads 8- and 4-bit slots: `packed`, as they are, where it can, which needs a GPU, or
+            `unpacked`, from a copy in the compute dtype, which is faster; `auto` decides once a rollout and says so
+            (`fastar.attention.reading`).
     """
 
     def __init__(
-        self, *, slot_bits: int = 16, storage: str = "bfloat16", quant_group: int | None = None
+        self,
+        *,
+        slot_bits: int = 16,
+        storage: str = "bfloat16",
+        quant_group: int | None = None,
+        read_slots: ReadSlots = "auto",
     ) -> None:
         super().__init__()
+        check_choice("read_slots", read_slots, ("auto", "packed", "unpacked"))
         if storage not in DTYPES:
             raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(DTYPES)}")
         self._format = SlotFormat(slot_bits, DTYPES[storage], quant_group or 64)
         self._quant_group = quant_group
+        if read_slots == "packed" and slot_bits == 16:
+            raise ValueError(
+                "read_slots=packed needs slots of 8 or 4 bits: set slot_bits, or read_slots=auto"
+            )
+        self.read_slots = read_slots
         self._buffers = SlotBuffers()
         self._extras: list[dict[str, Tensor]] = []
         self._staged: dict[int, Staged] = {}
@@ -141,19 +166,7 @@ class SlotPolicy(CachePolicy):
         self._extras = [self.new_extras() for _ in range(spec.num_layers)]
 
     def stage(self, layer: int, staged: Staged) -> None:
-        spec = self.spec
-        if not 0 <= layer < spec.num_layers:
-            raise ValueError(f"layer {layer} is outside this cache's {spec.num_layers} layers")
-        tokens = staged.k.shape[2] if staged.k.dim() == 4 else -1
-        expected = (spec.batch, spec.num_heads, tokens, spec.head_dim)
-        for name in ("q_raw", "k_raw", "k", "v"):
-            shape = tuple(getattr(staged, name).shape)
-            if shape != expected:
-                raise ValueError(
-                    f"staged {name} must be {expected} (batch, heads, tokens, head dim), got {shape}"
-                )
-        if tuple(staged.positions.shape) != (tokens, 3):
-            raise ValueError(f"staged positions must be ({tokens}, 3), got {tuple(staged.positions.shape)}")
+        check_staged(self.spec, layer, staged)
         self._staged[layer] = staged
 
     def discard(self) -> None:
@@ -182,12 +195,29 @@ class SlotPolicy(CachePolicy):
         return (self.filled, self._buffers.generation)
 
     def view(self, layer: int) -> CacheView:
-        spec, slots = self.spec, self._buffers[layer].narrow(0, self.filled)
-        k, v = (self._format.unpack(name, slots.fields, spec.compute_dtype) for name in ("key", "value"))
+        spec, stored = self.spec, self.stored(layer)
+        k, v = stored.unpacked(spec.compute_dtype)
         if not self.filled:
             return CacheView(k, v, None, None)
-        positions = unpack_positions(slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
-        return CacheView(k, v, self._log_count(slots), positions)
+        positions = unpack_positions(stored.slots["position"]).expand(spec.batch, spec.num_heads, -1, -1)
+        return CacheView(k, v, stored.log_count, positions)
+
+    def stored(self, layer: int) -> StoredView:
+        slots = self._buffers[layer].narrow(0, self.filled)
+        return StoredView(slots, self._format, self._log_count(slots) if self.filled else None)
+
+    @property
+    def buffers(self) -> SlotBuffers:
+        """Where slots lie."""
+        return self._buffers
+
+    @property
+    def packing(self) -> Packing | None:
+        if self._format.bits == 16:
+            return None
+        spec, capacity = self.spec, self.capacity_slots()
+        copies = None if capacity is None else spec.num_layers * capacity * spec.slot_copy_bytes
+        return Packing(self._format, self.read_slots, copies)
 
     def room(self, layer: int, tokens: int) -> Room | None:
         if not self._read_in_place:
@@ -281,7 +311,7 @@ class SlotPolicy(CachePolicy):
 
     def _admit(self, first_frame: int, num_frames: int) -> None:
         """What of a commit is the host's: may these frames enter, and who follows them."""
-        self._check_commit(first_frame, num_frames)
+        check_commit(self.spec, self._staged, first_frame, num_frames, self.next_frame)
         if self._lineage is not None:
             self._lineage.arrive(self._staged[0].positions)
 
@@ -301,40 +331,12 @@ class SlotPolicy(CachePolicy):
             self.exact_from = max(self.exact_from, self.next_frame - verbatim_frames)
         self._staged.clear()
 
-    def _check_commit(self, first_frame: int, num_frames: int) -> None:
-        spec = self.spec
-        missing = [layer for layer in range(spec.num_layers) if layer not in self._staged]
-        if missing:
-            raise ValueError(f"commit needs every layer staged; missing: {missing}")
-        if num_frames < 1 or (self.next_frame and first_frame != self.next_frame):
-            raise ValueError(
-                f"cannot commit {num_frames} frames from frame {first_frame}: the next one is {self.next_frame} "
-                "(call drop_from first to commit frames again)"
-            )
-        tokens = num_frames * spec.tokens_per_frame
-        for layer, staged in self._staged.items():
-            if staged.k.shape[2] != tokens:
-                raise ValueError(
-                    f"layer {layer} staged {staged.k.shape[2]} tokens, but {num_frames} frames have {tokens}"
-                )
-        if first_frame + num_frames > MAX_FRAME or spec.tokens_per_frame > MAX_SIDE**2:
-            raise ValueError(
-                f"positions hold frames below {MAX_FRAME} of at most {MAX_SIDE} x {MAX_SIDE} tokens"
-            )
-        if self.next_frame == 0:  # once a rollout, since it waits for the device
-            last = self._staged[0].positions.amax(0).tolist()
-            if last[0] != first_frame + num_frames - 1 or max(last[1:]) >= MAX_SIDE:
-                raise ValueError(
-                    f"staged positions end at {last}, but the commit ends at frame {first_frame + num_frames - 1} "
-                    f"and rows and columns must stay below {MAX_SIDE}"
-                )
-
     def _commit_layers(self, scratch: Scratch) -> Prepared:
         return [self._commit_layer(layer, scratch) for layer in range(self.spec.num_layers)]
 
     def _commit_layer(self, layer: int, scratch: Scratch) -> tuple[Slots | Edit, dict[str, Tensor]]:
         slots, extras = self.old_slots(layer), dict(self._extras[layer])
-        blocks = list(self._blocks(self._staged[layer]))
+        blocks = list(blocks_of(self.spec, self._staged[layer]))
         for block in blocks:
             result = self.absorb(layer, Joined(slots, self.encode(block)), block.k.shape[2], block, extras)
             if isinstance(result, Change):
@@ -343,14 +345,6 @@ class SlotPolicy(CachePolicy):
                 result = result.done()
             slots = result
         return slots, extras
-
-    def _blocks(self, staged: Staged) -> Iterator[Staged]:
-        """The staged tokens in blocks of at most `chunk_frames` frames."""
-        step = self.spec.chunk_frames * self.spec.tokens_per_frame
-        for start in range(0, staged.k.shape[2], step):
-            part = slice(start, start + step)
-            q_raw, k_raw, k, v = (x[:, :, part] for x in (staged.q_raw, staged.k_raw, staged.k, staged.v))
-            yield Staged(q_raw=q_raw, k_raw=k_raw, k=k, v=v, positions=staged.positions[part])
 
     def encode(self, staged: Staged) -> Slots:
         """Newly arrived tokens as slots."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
+
+ReadSlots = Literal["auto", "packed", "unpacked"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -25,6 +27,7 @@ class SlotOptions(TypedDict, total=False):
     slot_bits: int
     storage: str
     quant_group: int | None
+    read_slots: ReadSlots
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from fastar.attention.context import PassContext
-from fastar.cache.base import CacheSpec, CacheView, Room, Staged
+from fastar.cache.base import CacheSpec, CacheView, Packing, Room, Staged
 from fastar.cache.change import Change, Joined, drop_oldest
 from fastar.cache.policy import SlotPolicy
 from fastar.cache.slots import SlotOptions
@@ -28,7 +29,7 @@ class StockWindow(SlotPolicy):
             ropes its whole window from 0 in every pass.
         sink_in_commits: False leaves the sink out in passes that commit, which then read the newest frames in its place
             (Rolling-Forcing).
-        slots: slot_bits, storage, quant_group: see `SlotPolicy`.
+        slots: slot_bits, storage, quant_group, read_slots: see `SlotPolicy`.
     """
 
     def __init__(
@@ -89,6 +90,13 @@ class StockWindow(SlotPolicy):
     def room(self, layer: int, tokens: int) -> Room | None:
         stop, start, apart = self._reads()
         return super().room(layer, tokens) if stop == start and not apart else None
+
+    @property
+    def packing(self) -> Packing | None:
+        found = super().packing
+        return (
+            None if found is None else replace(found, obstacle="a stock window cuts and turns what it reads")
+        )
 
     def _reads(self) -> tuple[int, int, int]:
         """Slots before the first number are read, and from the second on; the former as if so many frames later."""

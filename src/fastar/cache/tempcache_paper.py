@@ -51,7 +51,7 @@ class TempCachePaper(SlotPolicy):
         one_to_one: of several tokens that correspond to one key only the most similar merges; the others stay apart.
         sink_frames: first frames that never take part in a merge.
         matcher: how correspondents are found; exact by default.
-        slots: slot_bits, storage, quant_group: see `SlotPolicy`.
+        slots: slot_bits, storage, quant_group, read_slots: see `SlotPolicy`.
     """
 
     def __init__(

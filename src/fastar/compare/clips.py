@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastar.backbones import BackboneConfig, Prompts
 from fastar.compare.latents import LatentClips, noise_clips
-from fastar.compare.played import PlayedClip
+from fastar.compare.played import PLAYED, PlayedClip
 from fastar.compare.prompt_clips import SOURCE, PromptClips
 from fastar.data.doom.dataset import DoomClips, render_clip
 from fastar.data.doom.env import DoomWorlds
@@ -26,7 +26,7 @@ from fastar.metrics.revisit import masked_psnr
 from fastar.sparsity.base import check_choice
 
 RENDERED = ("returns", "heldout")
-SOURCES = (*RENDERED, "noise", SOURCE)
+SOURCES = (*RENDERED, "noise", SOURCE, PLAYED)
 
 
 @dataclass
@@ -105,6 +105,11 @@ def check_source(data: DictConfig, source: str, backbone: BackboneConfig) -> Non
         raise ValueError(
             f"the backbone '{backbone.name}' has no autoencoder to see the pixels of source={source} with: use "
             "source=noise, or a workload that is made for it (conf/workload)"
+        )
+    if source == PLAYED and backbone.transformer.action_module is None:
+        raise ValueError(
+            f"the backbone '{backbone.name}' has no mouse and keyboard to be played with: use source=prompts or "
+            "source=noise"
         )
     if source not in data:
         raise ValueError(f"data={data.name} has no clips of source={source}: choose another one of conf/data")

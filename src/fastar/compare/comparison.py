@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fastar import engines, interruption
 from fastar.compare import methods as method_nodes
-from fastar.compare.clips import AnyClips, check_source, load_clips
+from fastar.compare.clips import RENDERED, AnyClips, check_source, load_clips
 from fastar.compare.command import CAN_BE_PUT_RIGHT
 from fastar.compare.free import Generated, free_run
 from fastar.compare.lockstep import run_a, run_b
+from fastar.compare.passes import PLAIN, Passes
+from fastar.compare.played import PLAYED, played_clip
 from fastar.compare.prompt_clips import SOURCE, clips_of_seeds
 from fastar.compare.runs import ComparisonRuns
 from fastar.compare.scores import Scorer
@@ -67,12 +69,14 @@ class Comparison:
     say: Callable[[str], None] = lambda line: None
     runs: list[Path] = field(default_factory=list)
     _said: str = field(default="", init=False, repr=False)
+    _running: Passes = field(default=PLAIN, init=False, repr=False)
 
     def __post_init__(self) -> None:
         config = self.config
         self.nodes = method_nodes.resolved(config)
         self.methods = {name: method_nodes.method_of(name, node) for name, node in self.nodes.items()}
-        self.store = ComparisonRuns(config, self.session, self.nodes)
+        self.passes = Passes.of(config, self.session.device, config.protocols)
+        self.store = ComparisonRuns(config, self.session, self.nodes, self.passes)
         self.seeds = list(range(config.seeds)) if isinstance(config.seeds, int) else list(config.seeds)
         self.metrics = {name: instantiate(node) for name, node in config.metrics.items()}
         self._check()
@@ -90,7 +94,7 @@ class Comparison:
     @property
     def total_chunks(self) -> int:
         """Chunks of all runs together."""
-        extra = 0 if "C" in self.config.protocols or not self._needs_reference else 1
+        extra = self._needs_reference and ("C" not in self.config.protocols or not self.passes.plain)
         per_group = len(self.config.protocols) * len(self.methods) + extra
         return len(self.groups) * per_group * self.chunks_per_run
 
@@ -109,9 +113,9 @@ class Comparison:
         """Every run of this comparison: run_id, method, protocol, seeds and the other labels."""
         return [
             {
-                "run_id": self.store.run_id(name, task.protocol, task.group.seeds),
+                "run_id": self.store.run_id(name, task.protocol, task.group.seeds, task.reference),
                 "seeds": task.group.seeds,
-                **self.store.labels(name, task.protocol),
+                **self.store.labels(name, task.protocol, task.reference),
             }
             for task in self._tasks()
             for name in task.methods
@@ -136,23 +140,23 @@ class Comparison:
         for seeds in self.groups:
             group = Group(seeds, self._load_clips, waits=self._needs_reference)
             if self._needs_reference:
-                tasks.append(Task((REFERENCE,), "C", group))
+                tasks.append(Task((REFERENCE,), "C", group, reference=True))
             for protocol in self.config.protocols:
                 if protocol == "A":
                     tasks.append(Task(tuple(self.methods), "A", group))
                 else:
-                    names = (name for name in self.methods if protocol == "B" or name != REFERENCE)
+                    again = protocol == "B" or not self.passes.plain  # the reference is another run
+                    names = (name for name in self.methods if again or name != REFERENCE)
                     tasks += [Task((name,), protocol, group) for name in names]
         return tasks
 
     def _try(self, task: Task) -> list[Task]:
         """Do what can be done of a task now; what is left of it."""
         interruption.check()
-        is_reference = (task.methods, task.protocol) == ((REFERENCE,), "C")
-        if task.group.waits and not is_reference:
+        if task.group.waits and not task.reference:
             return [task]
         locked = self._attempt(task)
-        if is_reference:
+        if task.reference:
             task.group.waits = bool(locked)
         return [replace(task, methods=tuple(locked))] if locked else []
 
@@ -173,7 +177,7 @@ class Comparison:
         result = free_run(
             self.session, self.methods[name], group.clips, group.seeds, run, self._scorer(run, group),
             save_every=self.config.save_every, warmup_chunks=self.config.warmup_chunks,
-            advance=lambda: self.advance(1),
+            advance=lambda: self.advance(1), capture=self._running.capture,
         )  # fmt: skip
         if name == REFERENCE:
             with atomic(run.folder / LATENTS) as part:
@@ -194,7 +198,7 @@ class Comparison:
         scorer, trajectory = self._scorer(run, group), self._trajectory(group)
         run_b(
             self.session, self.methods[name], group.clips, group.seeds, trajectory, scorer,
-            lambda: self.advance(1), save_every=self.config.save_every,
+            lambda: self.advance(1), save_every=self.config.save_every, capture=self._running.capture,
         )  # fmt: skip
 
     def _trajectory(self, group: Group) -> Tensor:
@@ -218,7 +222,11 @@ class Comparison:
                 for name in task.methods:
                     try:
                         run = self.store.open(
-                            name, task.protocol, task.group.seeds, retry_failed=retry_failed
+                            name,
+                            task.protocol,
+                            task.group.seeds,
+                            reference=task.reference,
+                            retry_failed=retry_failed,
                         )
                     except RunLocked as error:
                         logger.info("%s", error)
@@ -239,7 +247,7 @@ class Comparison:
                     locked += self._attempt(replace(task, methods=(name,)), retry_failed=True)
             else:
                 self.say(f"{task}: {sentence_of(error)}")
-                if (task.methods, task.protocol) == ((REFERENCE,), "C"):
+                if task.reference:
                     task.group.problem = sentence_of(error)
         return locked
 
@@ -248,9 +256,16 @@ class Comparison:
         self.advance((len(runs) - len(unfinished)) * self.chunks_per_run)
         if unfinished:
             work = {"A": self._lockstep_a, "B": self._lockstep_b, "C": self._free}[task.protocol]
+            self._run_passes(PLAIN if task.reference else self.passes)
             work(unfinished, task.group)
-        if (tuple(runs), task.protocol) == ((REFERENCE,), "C"):
+        if task.reference and runs:
             task.group.reference = read_latents(runs[REFERENCE].folder / LATENTS).to(self.session.device)
+
+    def _run_passes(self, passes: Passes) -> None:
+        """Run them so from now on."""
+        if passes.execution != self._running.execution:
+            passes.execution.apply(self.session.backbone.transformer)
+        self._running = passes
 
     def _scorer(self, run: Run, group: Group) -> Scorer:
         shown = group.seeds[0] in self.seeds[: self.config.videos]
@@ -275,6 +290,8 @@ class Comparison:
         config = self.config
         if config.source == SOURCE:
             return clips_of_seeds(config, self.session, seeds)
+        if config.source == PLAYED:
+            return played_clip(config, self.session.backbone.config, seeds)
         return load_clips(
             config.data, config.source, seeds, prefill=config.prefill_frames, generated=config.frames
         )
@@ -289,17 +306,14 @@ class Comparison:
         config, chunk = self.config, self.session.chunk
         check_measures(self.metrics)
         check_source(config.data, config.source, self.session.backbone.config)
-        if config.source == SOURCE:
+        if config.source in (SOURCE, PLAYED):
             self.session.eyes()
-            if {"A", "B"} & set(config.protocols) and not config.prefill_frames:
-                raise ValueError(
-                    "protocols A and B begin after given frames: set protocols=[C], or take prompts with a start"
-                )
         for method in self.methods.values():
             if method.engine != "auto":
                 engines.get(method.engine)
         for protocol in config.protocols:
             check_choice("protocols", protocol, PROTOCOLS)
+        self._run_passes(self.passes)  # what cannot be run here says so now
         if {"A", "B"} & set(config.protocols) and not self._needs_reference:
             raise ValueError(f"protocols A and B need the method '{REFERENCE}': add it to method=[...]")
         reserved = set(config.columns) & set(RESERVED)
@@ -312,7 +326,7 @@ class Comparison:
                 f"seeds must be a positive number or a list of different numbers, got {config.seeds}"
             )
         for name in ("batch", "save_every", "frames", "prefill_frames"):
-            if config[name] < 1 and (name != "prefill_frames" or config.source != SOURCE):
+            if config[name] < 1 and (name != "prefill_frames" or config.source in RENDERED):
                 raise ValueError(f"{name} must be at least 1, got {config[name]}")
         for name in ("prefill_frames", "frames"):
             if config[name] % chunk:

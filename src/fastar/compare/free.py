@@ -41,12 +41,13 @@ def free_run(
     save_every: int,
     warmup_chunks: int,
     advance: Advance = lambda: None,
+    capture: bool = False,
 ) -> Generated:
     """Generate the rest of `clips` from their true beginning, or from their prompts alone, and log everything to `run`.
 
     Every `save_every` chunks (of a long run: every tenth of what is made), and when the process is asked to stop, the
     rollout's state is kept; a run that finds one goes on from there and ends at the same bits. `advance` is called
-    after each chunk, also for those that an earlier process made.
+    after each chunk, also for those that an earlier process made. `capture`: as CUDA graphs, density unseen.
 
     Raises:
         Interrupted: the process was asked to stop, and the state is kept.
@@ -54,7 +55,9 @@ def free_run(
     timer = PassTimer(device=session.device, warmup=warmup_chunks)
     memory, baseline = PeakMemory(session.device), baseline_of(run)
     memory.start()
-    rollout = session.start(method, seeds, timer=timer, recorders=[scorer.density], **session.told(clips))
+    rollout = session.start(
+        method, seeds, timer=timer, recorders=scorer.counters(capture), capture=capture, **session.told(clips)
+    )
     scorer.started(rollout)
     screen: Screen = session.screen(clips)
     latents = _begin(session, rollout, clips, run, timer)

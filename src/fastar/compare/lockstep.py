@@ -139,9 +139,12 @@ def run_b(
     advance: Advance,
     *,
     save_every: int,
+    capture: bool = False,
 ) -> None:
-    """One method, whose commit passes read its own cache; arguments as in `run_a`."""
-    rollout = session.start(method, seeds, recorders=[scorer.density], **session.told(clips))
+    """One method, whose commit passes read its own cache; arguments as in `run_a`, `capture` as in `free_run`."""
+    rollout = session.start(
+        method, seeds, recorders=scorer.counters(capture), capture=capture, **session.told(clips)
+    )
     scorer.started(rollout)
     denoised = Denoised(scorer.run, session, clips, trajectory, save_every)
     screen: Screen = session.screen(clips)

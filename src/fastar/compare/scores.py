@@ -63,13 +63,19 @@ class Scorer:
         always: list[Recorder] = [self.density, self.fill]
         return always if self.prompt is None else [*always, self.prompt_density, self.prompt]
 
+    def counters(self, capture: bool) -> list[Recorder]:
+        """What has to see the attention calls of protocols B and C; nothing sees those of captured passes."""
+        return [] if capture else [self.density]
+
     def started(self, rollout: Rollout) -> None:
-        """Record which engine `auto` became, and why not one that is known to be faster."""
+        """Record which engine `auto` became, why not one that is known to be faster, and how the cache is read."""
         self.run.summary["engine"] = rollout.state.engine
         if rollout.state.passed_over:
             self.run.summary["engines_passed_over"] = rollout.state.passed_over
         if rollout.state.engine_for_few_keys:
             self.run.summary["engine_for_few_keys"] = rollout.state.engine_for_few_keys
+        read = rollout.state.reading.record
+        self.run.summary.update({name: how for name, how in read.items() if how is not None})
 
     def chunk(self, first: int, latents: Tensor, shown: Tensor | None) -> None:
         """Quality of the chunk [B, n, C, h, w] at frame `first`, shown as uint8 [B, F, H, W, 3] or not at all."""
@@ -94,7 +100,10 @@ class Scorer:
         self._log(scores, chunk=start // self.session.chunk, frame=first)
 
     def cost(self, first: int, rollout: Rollout) -> None:
-        """Density, slots and bytes after the chunk at frame `first`; bytes are per video, with guidance both caches."""
+        """Density, slots and bytes after the chunk at frame `first`; bytes are per video, with guidance both caches.
+
+        Before anything is committed, in A and B from frame 0 on, there is nothing to have a share of: none is told.
+        """
         cache, batch = rollout.state.cache, len(rollout.seeds)
         transformer = self.session.backbone.config.transformer
         slots = dense_slots(frames=rollout.next_frame, tokens_per_frame=self.tokens)
@@ -105,10 +114,11 @@ class Scorer:
         values = {
             "cache_bytes": cache.bytes_used() / batch,
             "cache_slots": float(cache.slots_used()),
-            "byte_share": cache.bytes_used() / dense,
-            "slot_share": cache.slots_used() / slots,
-            "density": self.density.curve()[-1].density,
         }
+        if rollout.next_frame:
+            values |= {"byte_share": cache.bytes_used() / dense, "slot_share": cache.slots_used() / slots}
+        if any(recorder is self.density for recorder in rollout.state.recorders):
+            values["density"] = self.density.curve()[-1].density
         self.run.log(values, chunk=(first - self.clips.prefill) // self.session.chunk, frame=first)
 
     def selection(self, first: int) -> None:

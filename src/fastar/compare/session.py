@@ -139,6 +139,7 @@ class Session:
         cache: CachePolicy | None = None,
         end_frame: int | None = None,
         image: ImageCondition | None = None,
+        capture: bool = False,
     ) -> Rollout:
         """A rollout at frame 0; see `start_rollout`."""
         return start_rollout(
@@ -153,6 +154,7 @@ class Session:
             cache=cache,
             end_frame=end_frame,
             image=image,
+            capture=capture,
         )
 
 

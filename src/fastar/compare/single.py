@@ -92,7 +92,7 @@ def clip_of(config: DictConfig, session: Session) -> AnyClip:
     """
     backbone = session.backbone.config
     if backbone.transformer.action_module is not None:
-        return played_clip(config, backbone)
+        return played_clip(config, backbone, [config.seed])
     if backbone.transformer.text_dim is not None:
         return prompted_clip(config, session.chunk)
     if config.prompts is not None:

@@ -56,11 +56,15 @@ def read_latents(path: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """Runs that are done in one go: a protocol and group of seeds, for one method or, in protocol A, several."""
+    """Runs that are done in one go: a protocol and group of seeds, for one method or, in protocol A, several.
+
+    `reference` marks the dense rollout that the others are held against.
+    """
 
     methods: tuple[str, ...]
     protocol: str
     group: Group
+    reference: bool = False
 
     def __str__(self) -> str:
         return f"{', '.join(self.methods)}, protocol {self.protocol}, seeds {self.group.seeds}"

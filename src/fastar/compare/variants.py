@@ -14,9 +14,11 @@ def settings_of(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """By run id, the labelled settings (`columns` of conf/compare.yaml) in which runs of the same method differ."""
     labels = {s["run_id"]: s["labels"] for run in runs if (s := read_summary(run)) is not None}
     values: dict[tuple[str, str], set[Any]] = {}
-    for found in labels.values():
-        for name, value in found.items():
-            values.setdefault((found["method"], name), set()).add(value)
+    names = {(found["method"], name) for found in labels.values() for name in found}
+    for found in labels.values():  # one that lacks a setting others of its method have differs, too
+        for method, name in names:
+            if method == found["method"]:
+                values.setdefault((method, name), set()).add(found.get(name))
     return {
         run: {
             name: value for name, value in found.items()

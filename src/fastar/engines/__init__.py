@@ -2,7 +2,7 @@
 
 Every engine computes softmax(q k^T / sqrt(D) + log_count) v over the pairs that a block plan names, and is
 tested against `reference`, the plain fp32 definition. Nothing falls back: an engine that cannot execute a
-call says why.
+call says why. Slots of 8 or 4 bits that are not unpacked have a function of their own, `fastar.engines.packed`.
 """
 
 from __future__ import annotations

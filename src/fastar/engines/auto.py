@@ -48,6 +48,25 @@ def for_few_keys(device: torch.device, call: AttentionCall) -> str | None:
     return name
 
 
+COPY_SHARE = 0.25
+"""Of a GPU's memory, what a copy of quantised slots may take: as long as it does, `auto` makes one.
+
+Attention over packed slots ran at 219 and 211 TFLOP/s where the first engine above has 617 and 607 on a copy (int8,
+same machine, 32,760 and 131,040 keys, 2026-11-26, `experiments/benchmark.py`): what it saves is memory, not time.
+"""
+
+
+def reads_packed(device: torch.device, copy_bytes: int | None) -> tuple[bool, str]:
+    """Whether `auto` reads quantised slots packed, and why. Their copies take `copy_bytes`; None: more and more."""
+    if device.type != "cuda":
+        return False, "packed slots are read on a GPU"
+    if copy_bytes is None:
+        return True, "their copy would grow without bound"
+    memory = torch.cuda.get_device_properties(device).total_memory
+    size = f"their copy takes {copy_bytes / 2**30:.2f} GiB of the GPU's {memory / 2**30:.2f}"
+    return copy_bytes > COPY_SHARE * memory, f"{size}, where up to {COPY_SHARE:.0%} are spent on speed"
+
+
 def order(device: torch.device) -> tuple[str, ...]:
     """The engines that `auto` may become on a device, first choice first."""
     found = capability(device)

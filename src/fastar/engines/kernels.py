@@ -60,17 +60,22 @@ def absorbed(score, values, top, mass, total, UPCAST: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "slots", "capacity", "current"])
 def attend_packed(
     q, key_codes, key_low, key_step, value_codes, value_low, value_step, log_count, k, v, out, lse,
-    n, slots, capacity, current, q_head, q_row, k_head, k_row, v_head, v_row, scale,
+    first_row, lengths, n, slots, capacity, current, q_head, q_row, k_head, k_row, v_head, v_row, scale,
     D: tl.constexpr, KEY_GROUP: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    VALUE_BITS: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr, UPCAST: tl.constexpr,
+    VALUE_BITS: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [H, n, D] and natural log-sum-exp lse float32 [H, n] of q over packed slots, then over the current keys.
 
     q [H, n, D], k and v [H, c, D]: one dtype, D contiguous, the other strides given. Packed tensors: `capacity` rows a
-    head, of which the first `slots` are read. log_count float32 [H, capacity], read if BIASED. scale: of the logits, in
-    base 2.
+    head, of which the first `slots` are read; if RAGGED, `lengths` int32 [H] rows from `first_row` int64 [H] on.
+    log_count float32, one a row, read if BIASED. scale: of the logits, in base 2.
     """
     head = tl.program_id(1).to(tl.int64)
+    start = head * capacity
+    if RAGGED:
+        start = tl.load(first_row + head)
+        slots = tl.load(lengths + head)
     row, width = tl.program_id(0) * Q + tl.arange(0, Q), tl.arange(0, D)
     inside = row < n
     queries = tl.load(
@@ -82,7 +87,7 @@ def attend_packed(
     for first in range(0, slots, K):
         column = first + tl.arange(0, K)
         known = column < slots
-        place = head * capacity + column
+        place = start + column
         keys = unpacked(key_codes, key_low, key_step, place, known, D, KEY_GROUP, KEY_BITS).to(queries.dtype)
         score = product(queries, tl.trans(keys), tl.zeros([Q, K], tl.float32), UPCAST) * scale
         if BIASED:

@@ -17,10 +17,11 @@ def attention_logits(
     log_count: Tensor | None = None,
     plan: BlockPlan | None = None,
     scale: float | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """scale q k^T + log_count, -inf where the plan skips a pair: [B, H, Lq, Lk] float32 or float64.
 
-    scale: 1 / sqrt(D) if None.
+    scale: 1 / sqrt(D) if None. lengths: [B, H], keys that each head has; -inf from there on, whatever lies there.
     """
     precision = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -29,7 +30,14 @@ def attention_logits(
         logits = logits + log_count[..., None, :].to(precision)
     if plan is not None:
         logits = logits.masked_fill(~plan.token_mask(), -torch.inf)
+    if lengths is not None:
+        logits = logits.masked_fill(behind(lengths, k.shape[2])[..., None, :], -torch.inf)
     return logits
+
+
+def behind(lengths: Tensor, keys: int) -> Tensor:
+    """Whether a key lies behind its head's length [B, H]: [B, H, keys] bool."""
+    return torch.arange(keys, device=lengths.device) >= lengths[..., None]
 
 
 def attention_weights(
@@ -52,10 +60,14 @@ def _nothing_to_attend(logits: Tensor) -> Tensor:
 
 
 def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    logits = attention_logits(call.q, call.k, log_count=call.log_count, plan=call.plan, scale=call.scale)
-    weights = torch.softmax(logits, dim=-1).masked_fill(_nothing_to_attend(logits), 0.0)
-    out = (weights @ call.v.to(weights.dtype)).to(call.q.dtype)
+    logits = attention_logits(
+        call.q, call.k, log_count=call.log_count, plan=call.plan, scale=call.scale, lengths=call.lengths
+    )
+    weights, v = torch.softmax(logits, dim=-1).masked_fill(_nothing_to_attend(logits), 0.0), call.v
+    if call.lengths is not None:  # 0 times what is not finite would be nan
+        v = v.masked_fill(behind(call.lengths, v.shape[2])[..., None], 0.0)
+    out = (weights @ v.to(weights.dtype)).to(call.q.dtype)
     return out, torch.logsumexp(logits, dim=-1).float() if call.return_lse else None
 
 
-REFERENCE = Engine(name="reference", run=_run, lse_devices=None)
+REFERENCE = Engine(name="reference", run=_run, lse_devices=None, takes_lengths=True)

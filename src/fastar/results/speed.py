@@ -27,6 +27,13 @@ def read_speed(path: Path | None = None) -> tuple[pd.DataFrame, str]:
     Raises:
         ValueError: there is no such record, or it is none of a rollout.
     """
+    rows, made_on = rollout_rows(path)
+    lines = [_line(row) for row in rows if "method" in row and "latent_frames" not in row]
+    return pd.DataFrame(lines, columns=list(COLUMNS)).fillna("–"), made_on
+
+
+def rollout_rows(path: Path | None = None) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a record as `mode=rollout` wrote them, and what it was made on; argument and errors of `read_speed`."""
     path = RECORD if path is None else path
     if not path.exists():
         raise ValueError(
@@ -36,8 +43,7 @@ def read_speed(path: Path | None = None) -> tuple[pd.DataFrame, str]:
     record = json.loads(path.read_text())
     if record.get("card", {}).get("mode") != "rollout":
         raise ValueError(f"{path} is no record of a rollout: give the rollout.json of mode=rollout")
-    lines = [_line(row) for row in record["rows"] if "method" in row and "latent_frames" not in row]
-    return pd.DataFrame(lines, columns=list(COLUMNS)).fillna("–"), _made_on(record["card"])
+    return record["rows"], _made_on(record["card"])
 
 
 def _line(row: dict[str, Any]) -> dict[str, str]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastar.attention.context import PassContext, PassKind
+from fastar.cache.base import check_choice
+from fastar.rollout.solvers import SOLVERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class ChunkLoop:
         timesteps: noise level of each denoising pass, 1000 first, falling (`fastar.rollout.schedules`).
         commit_timestep: noise level at which the finished chunk is cached (Self-Forcing's context noise).
         renoise: True draws fresh noise between steps (distilled few-step models, as Self-Forcing does); False takes
-            Euler steps along the velocity (models trained by plain flow matching).
+            steps along the velocity (models trained by plain flow matching).
+        solver: without fresh noise: `euler`, or `unipc`, which corrects each step by the ones before it (SkyReels-V2).
         commit_noise: True noises the finished chunk to `commit_timestep` before it is cached (SkyReels-V2's
             addnoise_condition); False tells the model this level and shows it the clean chunk.
         guidance: scale of classifier-free guidance: each pass is run with the prompt and with a negative one, which has
@@ -34,6 +37,7 @@ class ChunkLoop:
     timesteps: Sequence[float]
     commit_timestep: float = 0.0
     renoise: bool = False
+    solver: str = "euler"
     commit_noise: bool = False
     guidance: float | None = None
     window: Mapping[str, Any] | None = None
@@ -42,6 +46,11 @@ class ChunkLoop:
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
         if not self.timesteps or self.timesteps[0] != 1000 or not falling or self.timesteps[-1] <= 0:
             raise ValueError(f"timesteps must fall from 1000 and stay above 0, got {list(self.timesteps)}")
+        check_choice("solver", self.solver, SOLVERS)
+        if self.renoise and self.solver != "euler":
+            raise ValueError(
+                f"solver={self.solver} looks back on steps that fresh noise leaves behind: set renoise to false"
+            )
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames must be at least 1, got {self.chunk_frames}")
         if self.guidance is not None and self.guidance < 0:

@@ -1,8 +1,8 @@
 """Three ways to hold a method against dense attention on the same videos.
 
-A trajectory is latents [B, T, C, h, w]: true history, then frames that dense attention generated. In lockstep (A and
-B) the method denoises every chunk of the trajectory's later part, but what is committed is the trajectory, so errors
-do not add up and two methods are compared on the same past:
+A trajectory is latents [B, T, C, h, w]: true history, of which there may be none, then frames that dense attention
+generated. In lockstep (A and B) the method denoises every chunk of the trajectory's later part, but what is committed
+is the trajectory, so errors do not add up and two methods are compared on the same past:
 
 - **A**: keys and values of the past come from dense commit passes; the method only attends while denoising. What is
   left is the error of its attention.
@@ -91,7 +91,8 @@ def extend_trajectory(rollout: Rollout, history: Tensor, actions: Tensor | None,
     `actions` [B, >= F + num_frames] covers both parts.
     """
     past = history.shape[1]
-    rollout.prefill(history, None if actions is None else actions[:, :past])
+    if past:
+        rollout.prefill(history, None if actions is None else actions[:, :past])
     chunks = rollout.generate(num_frames, None if actions is None else actions[:, past:])
     return torch.cat([history.to(rollout.device), *chunks], dim=1)
 
@@ -173,7 +174,8 @@ def replay(
     With `denoised` each of these chunks is denoised, too, before it is committed.
     """
     step = rollout.loop.chunk_frames
-    rollout.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
+    if start:
+        rollout.prefill(trajectory[:, :start], None if actions is None else actions[:, :start])
     following = start + done * step
     for first in range(start, following, step):
         if denoised:

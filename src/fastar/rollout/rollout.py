@@ -313,9 +313,7 @@ class Rollout:
         prompts = saved.get("prompts")  # states from before there were prompts have none
         self.use_prompts(None if prompts is None else Prompts.from_state(prompts))
         self.next_frame = int(saved["next_frame"])
-        self._flight = [
-            InFlight(**(chunk | {"latents": chunk["latents"].to(self.device)})) for chunk in flying
-        ]
+        self._flight = [InFlight.from_state(chunk, self.device) for chunk in flying]
         self._advanced = None
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
