@@ -81,7 +81,7 @@ for name in BACKBONES:
 
 # %%
 publish_page(
-    "quality",
+    "table_quality",
     "# Quality, free-running",
     "Protocol C, 95 % intervals over 20 seeds. The `_lite` scores need no reference, and are never to be read alone: a "
     "video that has forgotten what returns can keep them. `dense_reference` is dense on another engine, "
