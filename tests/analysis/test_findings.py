@@ -91,6 +91,19 @@ NO_DENSE_STEP = {
 PAIRED = [
     # metric, line, baseline, decimals, -1 for a loss
     *(
+        (f"{metric}_lite", line(f"quality_{name}", method, C), line(f"quality_{name}", "dense", C), 3, 1)
+        for name, method, metric in (
+            ("doom", "empty", "background_consistency"), ("doom", "empty", "temporal_flickering"),
+            ("doom", "empty", "motion_smoothness"), ("doom", "empty", "subject_consistency"),
+            ("scenes", "empty", "subject_consistency"), ("scenes", "empty", "background_consistency"),
+            ("doom", "random_blocks", "temporal_flickering"),
+        )
+    ),
+    *(
+        ("revisit_psnr", line("quality_doom", method, C), line("quality_doom", "dense", C), decimals, -1)
+        for method, decimals in (("fast_ar_wide", 2), ("empty", 1))
+    ),
+    *(
         ("recall", line("frontier", "tempcache", budget_share=share),
          line("frontier", "window", budget_share=share), 3, 1)
         for share in (0.05, 0.15)
@@ -251,6 +264,13 @@ MEANS = [
     ("prompt_recall", line("prompt_tokens", "ranked_lsh", prompt_share=0.35), 1, 100),
     ("psnr", line("prompt_tokens", "dense_merged", C), 1, 1),
     ("psnr", line("prompt_tokens", "dense_merged", A), 1, 1),
+    *(("psnr", line(f"quality_{name}", "dense_reference", C), 1, 1) for name in ("doom", "scenes")),
+    ("psnr", line("quality_doom", "tempcache_int4_headwise", C), 1, 1),
+    ("psnr", line("quality_scenes", "window", C), 1, 1),
+    *(
+        ("background_consistency_lite/drift/end", line("quality_doom", method, C), 3, 1)
+        for method in ("dense", "fast_ar_wide", "fast_ar")
+    ),
 ]
 
 
@@ -286,6 +306,10 @@ SINGLE = [
     ),
     ("byte_share", line("frontier", "tempcache_paper", B), "stores 103 % of the bytes"),
     ("slot_share", line("frontier", "tempcache_paper", B), "keeps 63 % of the slots"),
+    ("density", line("quality_doom", "fast_ar", C), "executes .068"),
+    ("density", line("quality_doom", "fast_ar_wide", C), "on Doom at .377"),
+    ("density", line("quality_scenes", "fast_ar", C), ".219 on scenes"),
+    ("density", line("quality_scenes", "fast_ar_wide", C), "scenes, at .474"),
     ("density", line("bounded", "fast_ar", C), "density .095"),
     ("density", line("bounded", "tempcache", C), "for .135"),
     ("psnr/truth", line("bounded", "window", C), "window 15.1"),

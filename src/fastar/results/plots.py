@@ -1,6 +1,6 @@
 """Plots of a comparison, from the tidy table: curves over the rollout, and quality against cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +81,13 @@ def plot_frontier(
     colours: Mapping[str, str] | None = None,
     title: str | None = None,
     label: str | None = None,
+    across: Collection[str] = (),
 ) -> Path:
     """Mean `quality` with its interval against mean `cost`; joins points of one `index` that differ in `setting`.
 
-    `label` stands beside the axis of `quality` in place of its name. Costs over a wide range get a logarithmic axis,
-    on which joined lines stand a little apart; what costs nothing is a dotted line across the picture then.
+    `label` stands beside the axis of `quality` in place of its name. Lines that `across` names are dotted ones over the
+    whole picture, whatever they cost: what all others are to be held against. Costs over a wide range get a logarithmic
+    axis, on which joined lines stand a little apart; what costs nothing is a dotted line across the picture then.
     """
     keys = [index] if setting is None else [index, setting]
     stats = spread(rows, index=keys, metrics=[cost, quality], units=units)
@@ -112,7 +114,7 @@ def plot_frontier(
     lines = points[index].nunique()
     for order, (line, group) in enumerate(points.groupby(index, sort=False)):
         group = group.sort_values("cost")
-        if wide and (group["cost"] == 0).all():
+        if line in across or (wide and (group["cost"] == 0).all()):
             axes.axhline(
                 group["mean"].mean(), color=colours[str(line)], linestyle=":", linewidth=1.4, label=str(line)
             )
