@@ -1,9 +1,9 @@
-"""Frechet distances between the frames of methods: of the videos that a comparison kept, to dense's and the true ones.
+"""Frechet distances of methods: of the videos a comparison kept, to dense's and the true ones, by frames and clips.
 
     python experiments/compare.py ... videos=20
     python scripts/frechet.py outputs/compare [RECORD.json]
 
-Features are those of EfficientNet-Lite0's middle map (112; fastar/metrics/frechet.py): this is not the Inception FID.
+Features are those of EfficientNet-Lite0's middle map (fastar/metrics/frechet.py): neither the Inception FID nor FVD.
 The estimate is biased upwards for few frames: all distances here are of equally many, and say no more than their order.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from fastar.data.video import read_mp4
-from fastar.metrics.frechet import EfficientNetLite0, FrechetDistance
+from fastar.metrics.frechet import EfficientNetLite0, FrechetDistance, VideoFrechetDistance
 from fastar.results.files import write_json
 from fastar.results.loading import find_runs
 
@@ -42,21 +42,23 @@ def videos(runs: str) -> dict[str, dict[str, list[Path]]]:
 
 
 def distances(found: dict[str, dict[str, list[Path]]]) -> pd.DataFrame:
-    """A line per method: its distance to dense's frames and, where there is a truth, to the true ones; frames."""
-    metric = FrechetDistance(EfficientNetLite0(middle=True), reset_real_features=False)
+    """A line per method: distances of its frames and clips to dense's and, where there is a truth, to the true ones."""
+    features = EfficientNetLite0(middle=True)
+    metrics = {"frames": FrechetDistance(features), "clips": VideoFrechetDistance(features)}
     lines: dict[str, dict[str, float]] = {method: {} for method in found}
     for against, real in (("dense", found["dense"]["generated"]), ("truth", found["dense"]["truth"])):
-        metric.reset_real_features = True
-        metric.reset()
-        metric.reset_real_features = False
-        for path in real:
-            metric.update(read_mp4(path), real=True)
-        for method, kinds in found.items() if real else ():
-            for path in kinds["generated"]:
-                metric.update(read_mp4(path), real=False)
-            lines[method][f"to {against}"] = float(metric.compute())
-            lines[method]["frames"] = float(metric.fake_features_num_samples)
+        for unit, metric in metrics.items() if real else ():
+            metric.reset_real_features = True
             metric.reset()
+            metric.reset_real_features = False
+            for path in real:
+                metric.update(read_mp4(path), real=True)
+            for method, kinds in found.items():
+                for path in kinds["generated"]:
+                    metric.update(read_mp4(path), real=False)
+                lines[method][f"{unit} to {against}"] = float(metric.compute())
+                lines[method][unit] = int(metric.fake_features_num_samples)
+                metric.reset()
     return pd.DataFrame.from_dict(lines, orient="index")
 
 

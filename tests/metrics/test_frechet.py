@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastar.metrics.frechet import EfficientNetLite0, FrechetDistance
+from fastar.metrics.frechet import ClipFeatures, EfficientNetLite0, FrechetDistance, VideoFrechetDistance
 
 
 class MeanColour(nn.Module):
@@ -86,3 +86,32 @@ def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[features\]'"):
         FrechetDistance()
+
+
+def test_features_of_a_clip() -> None:
+    """Grey that rises by .1 a frame: its mean, and .1 of motion; without order the mean is all that is left."""
+    rising = torch.linspace(0.1, 0.8, 8)[:, None, None, None].expand(8, 3, 4, 4)
+    shuffled = rising[[0, 4, 1, 5, 2, 6, 3, 7]]
+    found = ClipFeatures(MeanColour())(torch.stack([rising, shuffled]))
+    assert found.shape == (2, 6)
+    torch.testing.assert_close(found[0], torch.tensor([0.45] * 3 + [0.1] * 3))
+    torch.testing.assert_close(found[1, :3], found[0, :3])
+    assert (found[1, 3:] > 0.3).all()
+
+
+def test_the_order_of_frames_matters_to_clips_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    videos = torch.rand(12, 16, 3, 1, 1, generator=generator).cumsum(1) / 16
+    videos = videos.expand(-1, -1, -1, 4, 4)
+    shuffled = videos[:, torch.randperm(16, generator=generator)]
+    still, moving = FrechetDistance(MeanColour()), VideoFrechetDistance(MeanColour())
+    for metric in (still, moving):
+        metric.update(videos, real=True)
+        metric.update(shuffled, real=False)
+    assert still.compute().item() == pytest.approx(0, abs=1e-6) and moving.compute().item() > 0.01
+    assert moving.real_features_num_samples == 12 * 3, "clips of eight, every four frames"
+
+
+def test_videos_shorter_than_a_clip_are_refused() -> None:
+    with pytest.raises(ValueError, match="clips take 8 frames, the videos are"):
+        VideoFrechetDistance(MeanColour()).update(torch.zeros(5, 3, 4, 4), real=True)

@@ -17,7 +17,7 @@ def kept(root: Path, method: str, seeds: int, brightness: int) -> None:
     with RunStore(root, "sweep").open({"method": method}, seed=list(range(seeds)), labels=labels) as run:
         run.log({"psnr": 1.0}, chunk=0, frame=4)
         for seed in range(seeds):
-            noise = np.random.default_rng(seed).integers(0, 120, (60, 32, 32, 3), dtype=np.uint8)
+            noise = np.random.default_rng(seed).integers(0, 120, (20, 32, 32, 3), dtype=np.uint8)
             write_mp4(run.videos / f"generated_seed{seed}.mp4", noise + np.uint8(brightness), crf=12)
 
 
@@ -27,10 +27,11 @@ def test_distances_to_dense(tmp_path: Path) -> None:
     for method, brightness in (("dense", 0), ("alike", 0), ("brighter", 100)):
         kept(tmp_path, method, 2, brightness)
     found = script["distances"](script["videos"](str(tmp_path / "sweep")))
-    assert set(found["frames"]) == {120.0} and list(found.columns) == ["to dense", "frames"]
-    assert (
-        found.loc["alike", "to dense"] == pytest.approx(0, abs=1e-3) and found.loc["brighter", "to dense"] > 1
-    )
+    assert list(found.columns) == ["frames to dense", "frames", "clips to dense", "clips"]
+    assert set(found["frames"]) == {40} and set(found["clips"]) == {2 * 4}
+    for unit in ("frames", "clips"):
+        assert found.loc["alike", f"{unit} to dense"] == pytest.approx(0, abs=1e-3)
+        assert found.loc["brighter", f"{unit} to dense"] > 1
 
 
 def test_unequal_numbers_are_refused(tmp_path: Path) -> None:
