@@ -14,8 +14,8 @@
 # The paper's figure runs LongVie2. Here: the Doom world model, 160 frames after 64 true ones, free-running, all methods
 # but dense in a tenth of the bytes of 192 dense frames; one seed, so a picture of what the methods do, no ranking. The
 # walk returns: the last frames show what was seen before. Beside each name, the PSNR on pixels that return (against the
-# simulator's truth) and of all pixels (against dense's video; rounding alone, dense on another engine, leaves 64 dB over
-# 48 frames: `quality_doom`).
+# simulator's truth) and of all pixels (against dense's video; rounding alone, dense on another engine, leaves 64 dB
+# over 48 frames: `quality_doom`).
 #
 #     python experiments/compare.py experiment=demo name=figure_9 seeds=[0] \
 #         'method=[dense,tempcache,tempcache_int4,fast_ar,window,random,empty]'

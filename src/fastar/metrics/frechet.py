@@ -102,7 +102,9 @@ class ClipFeatures(nn.Module):
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
-        self.features, self.num_features = features, 2 * int(features.num_features)
+        of_a_frame = features.num_features
+        assert isinstance(of_a_frame, int)
+        self.features, self.num_features = features, 2 * of_a_frame
 
     def forward(self, clips: Tensor) -> Tensor:
         frames: Tensor = self.features(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
