@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = ROOT / "scripts/study.txt"
+FOLDERS = ("study", "quality")  # beginnings of the names of the folders below `outputs` that are the study's
+JOBS_FAILED = 3  # exit status of a process some of whose jobs failed
 GRACE_SECONDS = 15  # in which processes that are asked to stop save what they have
 
 # All runs of a backbone lie in one folder, where lines share them: so all have the same columns.
@@ -65,7 +67,7 @@ def jobs_of(lines: Sequence[str]) -> list[list[str]]:
 
 def settings_of(job: Sequence[str], outputs: Path) -> list[str]:
     """What is said to Hydra: the job, and what all jobs share; measures that lack a package are left out."""
-    folder = "quality" if "experiment=quality" in job else "study"
+    folder = FOLDERS["experiment=quality" in job]
     missing = [name for package, names in NEEDED.items() if find_spec(package) is None for name in names]
     return [
         *(f"++columns.{name}={path}" for name, path in COLUMNS.items()),
@@ -120,13 +122,14 @@ def work(
     from fastar.interruption import Interrupted, check, listening
     from fastar.results.logtail import sentence_of, unwrapped
 
+    failures = 0
     with listening(), initialize_config_dir(config_dir=str(ROOT / "conf"), version_base=None):
         while True:
             try:
                 check()
                 job = jobs.get(timeout=5)
             except queue.Empty:
-                return
+                sys.exit(JOBS_FAILED if failures else 0)
             started, ended = time.monotonic(), "ended"
             try:
                 config = compose(
@@ -137,7 +140,7 @@ def work(
                 ended = "stopped"
                 raise
             except Exception as error:  # others go on
-                ended = f"failed, {sentence_of(error)}"
+                ended, failures = f"failed, {sentence_of(error)}", failures + 1
                 if not isinstance(unwrapped(error), CAN_BE_PUT_RIGHT):
                     logger.exception("%s", job)
             finally:
@@ -156,9 +159,14 @@ def run(config: Any, clips: Path) -> None:
     comparison.run()
 
 
+def summaries(outputs: Path) -> list[Path]:
+    """Of the study's runs; `outputs` may hold others."""
+    return [path for name in FOLDERS for path in sorted(outputs.glob(f"{name}_*/*/summary.json"))]
+
+
 def forget_lost_trajectories(outputs: Path) -> None:
-    """Remove dense runs that came without their latents, from an archive say: others cannot do without."""
-    for path in outputs.glob("*/*/summary.json"):
+    """Remove dense runs of the study that came without their latents, from an archive say: others cannot do without."""
+    for path in summaries(outputs):
         labels = json.loads(path.read_text())["labels"]
         lost = not (path.parent / "latents.safetensors").exists()
         if (labels.get("method"), labels.get("protocol")) == ("dense", "C") and lost:
@@ -211,12 +219,17 @@ def main() -> int:
             worker.join(max(0.1, limit + GRACE_SECONDS - time.monotonic()))
             worker.kill()
         jobs.cancel_join_thread()
-    runs = [json.loads(path.read_text()) for path in arguments.outputs.glob("*/*/summary.json")]
+    for worker in workers:
+        if worker not in late and worker.exitcode not in (0, JOBS_FAILED):
+            say(
+                f"{worker.name} died with status {worker.exitcode}, its job undone: given again, the study goes on"
+            )
+    runs = [json.loads(path.read_text()) for path in summaries(arguments.outputs)]
     say(f"{dict(Counter(run['status'] for run in runs))} of the runs, {time.monotonic() - started:.0f} s")
-    for run in runs:
-        if run["status"] == "failed":
-            say(f"failed: {run['labels']}: {run['failure']}")
-    return 1 if late else 0
+    failed = [run for run in runs if run["status"] == "failed"]
+    for run in failed:
+        say(f"failed: {run['labels']}: {run['failure']}")
+    return 1 if late or failed or any(worker.exitcode for worker in workers) else 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,6 @@ mkdir -p "$RUNS" "$OUT"
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
 "$PYTHON" scripts/study.py ${limit[@]+"${limit[@]}"} --per-gpu "${PER_GPU:-3}" --outputs "$RUNS" "$@" 2>&1 | tee -a "$OUT/study.log"
 status=$?
-(cd "$RUNS" && find . -path '*_*/*/metrics.parquet' -printf '%h/summary.json\0%p\0') \
+(cd "$RUNS" && find . \( -path './study_*/*/metrics.parquet' -o -path './quality_*/*/metrics.parquet' \) -printf '%h/summary.json\0%p\0') \
   | tar -C "$RUNS" --null --files-from=- -czf "$OUT/study.tgz"
 exit $status

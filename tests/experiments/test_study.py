@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,12 +60,14 @@ def test_measures_without_their_package_are_left_out(
 def test_lost_trajectories_are_made_again(study: ModuleType, tmp_path: Path) -> None:
     kinds = {"lost": ("dense", "C"), "kept": ("dense", "C"), "other": ("window", "C"), "b": ("dense", "B")}
     for name, (method, protocol) in kinds.items():
-        (tmp_path / "study" / name).mkdir(parents=True)
+        (tmp_path / "study_doom" / name).mkdir(parents=True)
         labels = {"labels": {"method": method, "protocol": protocol}}
-        (tmp_path / "study" / name / "summary.json").write_text(json.dumps(labels))
-    (tmp_path / "study/kept/latents.safetensors").touch()
+        (tmp_path / "study_doom" / name / "summary.json").write_text(json.dumps(labels))
+    (tmp_path / "study_doom/kept/latents.safetensors").touch()
+    shutil.copytree(tmp_path / "study_doom/lost", tmp_path / "bounded/mine")
     study.forget_lost_trajectories(tmp_path)
-    assert {path.name for path in (tmp_path / "study").iterdir()} == {"kept", "other", "b"}
+    assert {path.name for path in (tmp_path / "study_doom").iterdir()} == {"kept", "other", "b"}
+    assert (tmp_path / "bounded/mine/summary.json").exists(), "what is not the study's is left alone"
 
 
 def test_clips_are_made_once(study: ModuleType, tmp_path: Path) -> None:
@@ -91,7 +94,8 @@ def test_clips_are_made_once(study: ModuleType, tmp_path: Path) -> None:
 def test_the_script_runs_its_jobs_and_packs_the_numbers(tmp_path: Path) -> None:
     lines = tmp_path / "jobs.txt"
     small = "method=[dense,window] debug=tiny source=noise metrics=none prefill_frames=16 frames=8 seeds=1 batch=1"
-    lines.write_text(f"protocols=[B] {small}\nprotocols=[B] backbone=none {small}\n")
+    jobs = ["protocols=[B]", "protocols=[B] backbone=none", "protocols=[C] +metrics.dead._target_=os.abort"]
+    lines.write_text("".join(f"{job} {small}\n" for job in jobs))
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -102,9 +106,10 @@ def test_the_script_runs_its_jobs_and_packs_the_numbers(tmp_path: Path) -> None:
         ["bash", "scripts/study.sh", "0", "--lines", str(lines)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100,
     )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr
+    assert answer.returncode == 1, "one job failed, one took its process with it"
     assert "ended: 'protocols=[B]'" in answer.stdout and "failed, " in answer.stdout
-    assert "{'done': 3} of the runs" in answer.stdout
+    assert "died with status -6, its job undone" in answer.stdout
+    assert "'done': 3" in answer.stdout
     packed = subprocess.run(
         ["tar", "-tzf", str(tmp_path / "out/study.tgz")], capture_output=True, text=True, check=True
     ).stdout
