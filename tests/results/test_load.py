@@ -182,3 +182,25 @@ def test_runs_of_single_seeds_are_recorded_as_one_of_several_clips(tmp_path: Pat
     pd.testing.assert_frame_equal(spread(rows), spread(apart), check_like=True)
     again = record_runs(tmp_path / "outputs", tmp_path / "kept", together=True)
     assert sorted(again) == sorted(kept) and len(load(tmp_path / "kept")) == len(rows)
+
+
+def test_what_costs_nothing_is_shown_where_the_axis_does_not_reach_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others at one cost; and what all are held against is a line across, whatever it costs."""
+    drawn = []
+    monkeypatch.setattr("fastar.results.plots._save", lambda figure, axes, path: drawn.append(axes) or path)
+    costs = {"window": 10.0, "tempcache": 10.2, "empty": 0.0, "dense_reference": 80.0}
+    rows = pd.DataFrame(
+        {"method": method, "metric": metric, "seed": 0, "clip": 0, "value": value, "unit": ""}
+        for method, cost in costs.items()
+        for metric, value in (("cache_bytes", 2**20 * cost), ("psnr", 30.0))
+    )
+    for methods in (["window", "tempcache", "empty"], list(costs)):
+        chosen = rows[rows["method"].isin(methods)]
+        plot_frontier(chosen, "cache_bytes", "psnr", tmp_path / "a.png", across=("dense_reference",))
+        lines = {line.get_label(): line for line in drawn[-1].get_lines()}
+        assert {name for name, line in lines.items() if line.get_linestyle() == ":"} == set(methods) & {
+            "empty",
+            "dense_reference",
+        }

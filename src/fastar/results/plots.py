@@ -87,7 +87,7 @@ def plot_frontier(
 
     `label` stands beside the axis of `quality` in place of its name. Lines that `across` names are dotted ones over the
     whole picture, whatever they cost: what all others are to be held against. Costs over a wide range get a logarithmic
-    axis, on which joined lines stand a little apart; what costs nothing is a dotted line across the picture then.
+    axis, on which joined lines stand a little apart. Where the axis does not reach zero, so is what costs nothing.
     """
     keys = [index] if setting is None else [index, setting]
     stats = spread(rows, index=keys, metrics=[cost, quality], units=units)
@@ -109,12 +109,12 @@ def plot_frontier(
         axes.xaxis.set_minor_formatter(NullFormatter())
     elif len(paid):
         axes.ticklabel_format(axis="x", useOffset=False)
-        if paid.max() < NARROW * paid.min():
-            axes.set_xlim(0.5 * paid.min(), 1.5 * paid.max())
+    if narrow := len(paid) > 0 and paid.max() < NARROW * paid.min():
+        axes.set_xlim(0.5 * paid.min(), 1.5 * paid.max())
     lines = points[index].nunique()
     for order, (line, group) in enumerate(points.groupby(index, sort=False)):
         group = group.sort_values("cost")
-        if line in across or (wide and (group["cost"] == 0).all()):
+        if line in across or ((wide or narrow) and (group["cost"] == 0).all()):
             axes.axhline(
                 group["mean"].mean(), color=colours[str(line)], linestyle=":", linewidth=1.4, label=str(line)
             )
