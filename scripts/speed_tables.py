@@ -3,24 +3,26 @@
     python scripts/speed_tables.py && python scripts/include.py analysis/README.md
 
 Fidelity beside the speed of a budget is that of fidelity_BACKBONE.json, made by scripts/fidelity_record.py, at the same
-share of dense's bytes: a budget of b latent frames is b / 84 there. own.md holds the speed of the trained backbones at
-their own geometry (own_BACKBONE.json, mode=rollout) beside their fidelity (fidelity_BACKBONE.json); search.md what
-searches find (search_BACKBONE.json, mode=search). Of these two, records that are not there yet are left out.
+share of dense's bytes: a budget of b latent frames is b / 84 there. own_BACKBONE.md holds the speed of a trained
+backbone at its own geometry (own_BACKBONE.json, mode=rollout) beside its fidelity; search.md what searches find
+(search_BACKBONE.json, mode=search); loops.md and loops_memory.md are of all records loops*.json (mode=loops).
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from fastar.results.figures import RESULTS
+from fastar.results.figures import ANALYSIS, RESULTS
 
-SPEED = RESULTS / "speed"
+ROOT, SPEED = ANALYSIS.parent, RESULTS / "speed"
 BACKBONES = {
     "doom": "B",
     "scenes": "A",
 }  # and the protocol that their scores are of; recall and output error are of A
 FA4_BLOCK = 128  # queries of a block, of the AnnSA that the benchmark runs
 HISTORY = 84  # latent frames that a budget is a share of
+FEW = 5  # methods on a loop: fewer make no column
 # Denoising steps of the loops in conf/rollout, for records of loops that do not say theirs.
 STEPS = {
     "self_forcing": 4, "causvid": 3, "longlive": 4, "longlive_infinity": 4, "rolling_forcing": 5,
@@ -43,10 +45,11 @@ def write(name: str, lines: Iterable[dict[str, str]], note: str) -> None:
     (SPEED / f"{name}.md").write_text("\n".join(table) + f"\n\n{note}\n")
 
 
-def made_on(name: str) -> str:
-    """Machine, torch and day of a record."""
-    card = json.loads((SPEED / f"{name}.json").read_text())["card"]
-    return f"{card['device']}, torch {card['torch']}, {card.get('day', '2026-11-26')}, {card.get('dtype', 'bfloat16')}"
+def made_on(*names: str) -> str:
+    """Machine, torch and days of records that were made alike."""
+    cards = [json.loads((SPEED / f"{name}.json").read_text())["card"] for name in names]
+    days = " and ".join(sorted({card.get("day", "2026-11-26") for card in cards}))
+    return f"{cards[0]['device']}, torch {cards[0]['torch']}, {days}, {cards[0].get('dtype', 'bfloat16')}"
 
 
 def engines() -> None:
@@ -92,8 +95,8 @@ def budgets() -> None:
     note = (
         "Video frames a second in the steady state, denoising and commits, no decoding; Wan2.1-1.3B at 480x832, random "
         "weights, cache contents from recorded motion; fused, captured. Recall and output error: trained backbones, "
-        f"protocol A, {clips}, the same share of dense's bytes. p99 of 8 chunks (stock: 100) is near their "
-        "slowest. "
+        f"protocol A, {clips}, the same share of dense's bytes, AnnSA in blocks of 16 x 32. p99 of 8 chunks (stock: "
+        "100) is near their slowest. "
     )
     write("budgets", lines, note + made_on("rollout") + ".")
 
@@ -123,41 +126,35 @@ def fidelity() -> tuple[dict[tuple[str, str], dict[str, str]], str]:
 
 def own() -> None:
     """The trained backbones at their own geometry: what a budget's speed costs."""
-    lines, notes, made = [], [], ""
     for backbone, protocol in BACKBONES.items():
-        if not (SPEED / f"own_{backbone}.json").exists():
-            continue
+        name = f"own_{backbone}"
+        card = json.loads((SPEED / f"{name}.json").read_text())["card"]
         record = json.loads((SPEED / f"fidelity_{backbone}.json").read_text())
-        card, base = json.loads((SPEED / f"own_{backbone}.json").read_text())["card"], None
-        for row in rows_of(f"own_{backbone}"):
-            if "fps_commit" not in row or row.get("reason"):
-                continue
-            base = base or row  # the first
-            share = row.get("budget_share")
+        rows = [row for row in rows_of(name) if "fps_commit" in row and not row.get("reason")]
+        order = list(dict.fromkeys(row["method"] for row in rows))
+        lines = []
+        for row in sorted(rows, key=lambda row: (order.index(row["method"]), row.get("budget_share") or 0)):
+            method, share = row["method"], row.get("budget_share")
+            all_of_it = {
+                "stock": (f"dense, captured: its last {card['history_frames']} frames", "1"),
+                "dense": ("dense, unbounded, not captured", "–"),
+            }
+            name_there, held = all_of_it.get(method) or (method, f"{share:g}")
             line = {
-                "backbone": backbone,
-                "method": f"dense, {card['history_frames']} frames" if row is base else row["method"],
-                "bytes": "1" if row is base else "–" if share is None else f"{share:g}",
+                "method": name_there,
+                "bytes": held,
                 "frames/s": f"{row['fps_commit']:.0f}",
                 "over dense": f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
-                "captured": "yes" if row["captured"] else "no",
             }
-            lines.append(
-                line | _scores(record["rows"], "dense" if row is base else row["method"], share, protocol)
-            )
-        made = made_on(f"own_{backbone}")
+            lines.append(line | _scores(record["rows"], method, share, protocol))
         told = record["card"]
-        notes.append(
-            f"{backbone}: scores of protocol {protocol} (recall and output error: A), {told['clips']} clips, "
-            f"{told['dtype']}, {told['device']}, {told['day']}"
+        note = (
+            "Frames a second of one video in the steady state, denoising and commits, no decoding; trained weights, "
+            "held-out clips, fused; over the captured dense beside it. Recall and output error in protocol A, PSNR to "
+            f"dense's video (100: equal) and what follows in {protocol}, 95 % intervals over {told['clips']} clips, "
+            f"{told['dtype']}, {told['device']}, {told['day']}. Speed: "
         )
-    note = (
-        "Frames a second of one video in the steady state, denoising and commits, no decoding; trained weights, "
-        "held-out clips, fused; dense as a captured window of its last history. Fidelity with 95 % intervals over "
-        f"clips; PSNR to dense's video. {'; '.join(notes)}. Speed: "
-    )
-    if lines:
-        write("own", lines, note + made + ".")
+        write(name, lines, note + made_on(name) + ".")
 
 
 def _scores(rows: list[Row], method: str, share: float | None, protocol: str) -> dict[str, str]:
@@ -263,25 +260,46 @@ def commits() -> None:
 
 
 def loops() -> None:
-    """Every loop with the methods that were run on it: frames a second and peak memory."""
+    """Every loop with every method: frames a second, and peak memory in a table of its own."""
     names = sorted(path.stem for path in SPEED.glob("loops*.json"))
-    lines = [
-        {
-            "backbone": row["backbone"],
-            "loop": row["loop"],
-            "frames": str(row["latent_frames"]),
-            "steps": str(row.get("steps", STEPS[row["loop"]])),
-            "method": row["method"],
-            "frames/s": f"{row['fps']:.1f}" if not row.get("reason") else "–",
-            "peak (GiB)": f"{row['peak_allocated'] / 2**30:.1f}" if not row.get("reason") else "–",
-            "note": row.get("reason") or "",
-        }
-        for name in names
-        for row in rows_of(name)
-        if "loop" in row
-    ]
-    note = "Random weights and noise, `frames` latent frames, not captured. "
-    write("loops", lines, note + made_on("loops") + ".")
+    rows = [row for name in names for row in rows_of(name)]
+    methods = Counter(_loop(row) for row in rows)
+    speed: dict[str, dict[str, str]] = {}
+    memory: dict[str, dict[str, str]] = {}
+    told, failed = [], []
+    for row in rows:
+        method, loop = row["method"], _loop(row)
+        if row["reason"]:
+            failed.append(f"{method} on {loop}: {row['reason']}")
+            continue
+        fps, peak = f"{row['fps']:.1f} ({row['fps_median']:.1f})", f"{row['peak_allocated'] / 2**30:.1f}"
+        if methods[loop] < FEW:
+            told.append(f"{method} on {loop} {fps} and {peak} GiB")
+            continue
+        speed.setdefault(method, {"method": method})[loop] = fps
+        memory.setdefault(method, {"method": method})[loop] = peak
+    missing = {path.stem for path in (ROOT / "conf/method").glob("*.yaml")} - {row["method"] for row in rows}
+    write(
+        "loops",
+        speed.values(),
+        "Video frames a second of the chunks after the first, in brackets of the median chunk: what is compiled after "
+        "the first counts in the former. wan_1_3b where no backbone is named; 21 latent frames (skyreels_v2_df_1_3b: "
+        f"25, wan_14b: 3), random weights and noise, not captured. A dash: not run; on no loop: "
+        f"{', '.join(sorted(missing))}. Besides: {'; '.join(told)}. {made_on(*names)}. Could not run: "
+        f"{'; '.join(failed)}.",
+    )
+    write(
+        "loops_memory",
+        memory.values(),
+        "Most that was allocated, weights counted, GiB; of the runs in loops.md.",
+    )
+
+
+def _loop(row: Row) -> str:
+    """A loop, its steps, and whose it is."""
+    steps = row.get("steps", STEPS[row["loop"]])
+    of = "" if row["backbone"] in ("wan_1_3b", row["loop"]) else f" of {row['backbone']}"
+    return f"{row['loop']}{of}, {steps} steps"
 
 
 def parts() -> None:
