@@ -316,6 +316,8 @@ def parts() -> None:
     write("parts", lines.values(), "ms of a captured chunk by kind of kernel. " + made_on("modules") + ".")
 
 
+TABLES = (engines, budgets, own, search, packed, fp8, commits, loops, parts)
+
 if __name__ == "__main__":
-    for make in (engines, budgets, own, search, packed, fp8, commits, loops, parts):
+    for make in TABLES:
         make()
