@@ -45,6 +45,12 @@ def write(name: str, lines: Iterable[dict[str, str]], note: str) -> None:
     (SPEED / f"{name}.md").write_text("\n".join(table) + f"\n\n{note}\n")
 
 
+def by_method(rows: list[Row], cost: str) -> list[Row]:
+    """Rows of one method together, methods in the order in which they come, the smallest cost first."""
+    order = list(dict.fromkeys(row.get("method") for row in rows))
+    return sorted(rows, key=lambda row: (order.index(row.get("method")), row.get(cost) or 0))
+
+
 def made_on(*names: str) -> str:
     """Machine, torch and days of records that were made alike."""
     cards = [json.loads((SPEED / f"{name}.json").read_text())["card"] for name in names]
@@ -77,7 +83,7 @@ def budgets() -> None:
     ]
     costs, clips = fidelity()
     lines = []
-    for row in rows:
+    for row in by_method(rows, "budget"):
         if "fps_commit" not in row or "budget" not in row or row.get("reason"):
             continue
         line = {
@@ -107,11 +113,9 @@ def fidelity() -> tuple[dict[tuple[str, str], dict[str, str]], str]:
     told = []
     for backbone in BACKBONES:
         record = json.loads((SPEED / f"fidelity_{backbone}.json").read_text())
-        clips = set()
         for row in record["rows"]:
             scored = row["protocol"] == "A" and "recall" in row and "budget_share" in row
             if scored and row.get("block") != FA4_BLOCK:
-                clips.add(row.get("clips", record["card"]["clips"]))
                 budget = float(f"{row['budget_share'] * HISTORY:.2g}")
                 found.setdefault((row["method"], f"{budget:g}"), {}).update(
                     {
@@ -119,8 +123,7 @@ def fidelity() -> tuple[dict[tuple[str, str], dict[str, str]], str]:
                         f"output error, {backbone}": f"{row['output_error'][0]:.3f}",
                     }
                 )
-        counts = f"{min(clips)} to {max(clips)}" if len(clips) > 1 else f"{min(clips)}"
-        told.append(f"{counts} clips of {backbone}")
+        told.append(f"{record['card']['clips']} clips of {backbone}")
     return found, " and ".join(told)
 
 
@@ -131,9 +134,8 @@ def own() -> None:
         card = json.loads((SPEED / f"{name}.json").read_text())["card"]
         record = json.loads((SPEED / f"fidelity_{backbone}.json").read_text())
         rows = [row for row in rows_of(name) if "fps_commit" in row and not row.get("reason")]
-        order = list(dict.fromkeys(row["method"] for row in rows))
         lines = []
-        for row in sorted(rows, key=lambda row: (order.index(row["method"]), row.get("budget_share") or 0)):
+        for row in by_method(rows, "budget_share"):
             method, share = row["method"], row.get("budget_share")
             all_of_it = {
                 "stock": (f"dense, captured: its last {card['history_frames']} frames", "1"),
