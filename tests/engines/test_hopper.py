@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastar import engines
-from fastar.engines import BlockPlan
+from fastar.engines import BlockPlan, fa4
 from fastar.engines.augmented import augment_keys, augment_queries
+from fastar.engines.waves import split_of
 
 from .conftest import Draw
 from .test_engines import TOLERANCE, relative_error
@@ -90,6 +91,31 @@ def test_dense_and_log_counted(draw: Draw, engine: str, case: str, biased: bool)
     log_count = draw.log_count(*HEADS, keys) if biased else None
     nothing = check(engine, q, k, v, lse=engine != "cudnn", log_count=log_count)
     assert nothing.any() == biased
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+@pytest.mark.parametrize("queries", [100, 1560])
+def test_a_last_wave_is_split_over_the_keys(
+    draw: Draw, queries: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU whose processors so few tiles do not fill; alone and in a graph."""
+    usable("fa4")
+    split = split_of(queries, 5001, 12, fa4._processors(torch.device("cuda")), 128)
+    assert split is not None and (split[0] > 0) == (queries == 1560)
+    q, k, v = (draw.normal(1, 12, length, 128) for length in (queries, 5001, 5001))
+    log_count = draw.log_count(1, 12, 5001) if biased else None
+    check("fa4", q, k, v, lse=True, log_count=log_count)
+    given = {"engine": "fa4", "log_count": log_count}
+    expected = engines.attend(q, k, v, **given)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = engines.attend(q, k, v, **given)[0]
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, expected)
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes: None)
+    whole = engines.attend(q, k, v, **given)[0]
+    assert relative_error(out, whole.float()) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastar.interpreter import interpreted
 
-TILE = 128  # queries
 MOST_SPLITS = 16
 
 # What a wave costs beside its keys, and what two more kernels cost, in keys of a wave: on an H100, where 1,000 keys of
@@ -25,7 +24,7 @@ _SURE = 0.97  # what is estimated to save less is left alone
 
 
 @cache
-def split_of(queries: int, keys: int, heads: int, processors: int) -> tuple[int, int] | None:
+def split_of(queries: int, keys: int, heads: int, processors: int, tile: int) -> tuple[int, int] | None:
     """How many of the first queries run over all keys at once, and over how many parts of the keys the others do.
 
     None: all queries over all keys, which is estimated to be no slower.
@@ -33,8 +32,9 @@ def split_of(queries: int, keys: int, heads: int, processors: int) -> tuple[int,
     Args:
         queries, keys, heads: of the call, of one batch entry.
         processors: of the GPU, each of which takes one tile at a time.
+        tile: its queries.
     """
-    tiles = -(-queries // TILE)
+    tiles = -(-queries // tile)
 
     def waves(count: int) -> int:
         return -(-count * heads // processors)
@@ -45,7 +45,7 @@ def split_of(queries: int, keys: int, heads: int, processors: int) -> tuple[int,
             cost = waves(whole) * (keys + _WAVE) + _KERNELS
             cost += waves((tiles - whole) * splits) * (-(-keys // splits) + _WAVE)
             if cost < best:
-                best, chosen = cost, (whole * TILE, splits)
+                best, chosen = cost, (whole * tile, splits)
     return chosen
 
 
