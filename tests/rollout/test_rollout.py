@@ -89,9 +89,7 @@ def test_chunks_begin_with_what_was_drawn_ahead(monkeypatch: pytest.MonkeyPatch)
     for ahead in (True, False):
         if not ahead:
             monkeypatch.setattr(FirstNoise, "draw_ahead", lambda self, first_frame: asked.append(first_frame))
-        made.append(
-            torch.cat(list(small_rollout(backbone, DenseCache, engine="sdpa").generate(3 * CHUNK)), dim=1)
-        )
+        made.append(run(small_rollout(backbone, DenseCache, engine="sdpa")))
     assert torch.equal(*made) and asked[0] > 0
 
 
