@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 WILDCARD = -1
 """Tag of a token that is in every bucket: it reads, and is read by, tokens of any tag."""
@@ -114,30 +113,10 @@ class BlockPlan:
         return counts, ordered.to(torch.int32)
 
     @cached_property
-    def no_blocks(self) -> Tensor:
-        """Counts like those of `listed`, all zero."""
-        return torch.zeros(self.block_mask.shape[:3], dtype=torch.int32, device=self.block_mask.device)
-
-    def divided(self, whole: int, splits: int) -> tuple[Tensor, Tensor]:
-        """`listed` of the query blocks from `whole` on, each list dealt out to `splits` shorter ones, for B = 1.
-
-        Returns:
-            int32 counts [splits, H, query blocks - whole] and blocks [splits, H, query blocks - whole, any], ascending.
-        """
-        if (whole, splits) not in self._divided:
-            counts, indices = (x[0, :, whole:] for x in self.listed())
-            most = indices.shape[2] if self.max_blocks is None else min(self.max_blocks, indices.shape[2])
-            part = torch.arange(splits, dtype=torch.int32, device=counts.device)[:, None, None]
-            dealt = pad(indices[..., :most], (0, -most % splits)).unflatten(2, (-1, splits))
-            self._divided[whole, splits] = (
-                (counts + (splits - 1) - part) // splits,
-                dealt.permute(3, 0, 1, 2).contiguous(),
-            )
-        return self._divided[whole, splits]
-
-    @cached_property
-    def _divided(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-        return {}
+    def empty_lists(self) -> tuple[Tensor, Tensor]:
+        """Lists like `listed` of no blocks at all: counts [B, H, query blocks] and an index that is not read."""
+        counts = torch.zeros(self.block_mask.shape[:3], dtype=torch.int32, device=self.block_mask.device)
+        return counts, counts[..., None]
 
     @cached_property
     def on_ordered_keys(self) -> BlockPlan:
