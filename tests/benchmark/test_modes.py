@@ -84,6 +84,8 @@ def test_a_wait_shows_in_a_profile_on_a_gpu() -> None:
         ("choose_blocks", "plan"),
         ("move_rows", "copy"),
         ("attend_packed", "attention"),
+        ("join_parts", "attention"),
+        ("project", "match and merge"),
         ("something", "other"),
     ],
 )

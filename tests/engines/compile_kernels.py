@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastar.engines.kernels import attend_packed, move_rows
+from fastar.engines.kernels import attend_packed, join_parts, move_rows
 from fastar.engines.packed import TILES
 from tests.ann.compile_kernels import report
 
@@ -16,6 +16,7 @@ POINTERS = {
     "key_codes": "u8", "key_low": "fp16", "key_step": "fp16",
     "first_row": "i64", "lengths": "i32",
     "value_codes": "u8", "value_low": "fp16", "value_step": "fp16",
+    "parts": "bf16", "part_lse": "fp32",
     "source": "bf16", "order": "i64", "target": "bf16", "mask": "u8", "counts": "i32", "indices": "i32",
 }  # fmt: skip
 ALIGNED = ("_batch", "_head", "_row")  # strides, and pointers: multiples of 16, as the launcher finds them
@@ -49,6 +50,8 @@ def main() -> None:
     for scatter in (False, True):
         constants = {"D": 144, "ROWS": 32, "WIDTH": 256, "SCATTER": scatter}
         report(f"move_rows, scatter {scatter}", compiled(move_rows, constants), r"st.global.*v4")
+    constants = {"D": 128, "WIDTH": 128, "ROWS": 16}
+    report("join_parts", compiled(join_parts, constants), r"ld.global.*v4")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastar import engines
+from fastar.engines import fa4
 from fastar.engines.augmented import augment_keys, augment_queries
 from fastar.engines.fa4 import FA4
 
@@ -80,8 +82,30 @@ def flash_attn_func(
 
 
 def flash_attn_varlen_func(
-    q: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor, softmax_scale: float, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seqused_k: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if cu_seqlens_k is not None:  # one sequence of keys for each batch entry, one behind the other
+        assert cu_seqlens_k.dtype == torch.int32 and cu_seqlens_k.shape == (len(q) + 1,)
+        ends = cu_seqlens_k.tolist()
+        assert ends[0] == 0 and ends[-1] == len(k) and max(map(int.__sub__, ends[1:], ends)) == max_seqlen_k
+        each = [
+            head_by_head(
+                q[b : b + 1], k[None, start:stop], v[None, start:stop], softmax_scale,
+                lambda b, h, keys=stop - start: torch.ones(q.shape[1], keys, dtype=torch.bool),
+            )
+            for b, (start, stop) in enumerate(pairwise(ends))
+        ]  # fmt: skip
+        out, lse = (torch.cat(tensors) for tensors in zip(*each, strict=True))
+        return out, lse if return_lse else None
+    assert seqused_k is not None and max_seqlen_k is None
     assert seqused_k.dtype == torch.int32 and seqused_k.shape == q.shape[:1] and seqused_k.is_contiguous()
     places = torch.arange(k.shape[1])
     out, lse = head_by_head(
@@ -90,12 +114,25 @@ def flash_attn_varlen_func(
     return out, lse if return_lse else None
 
 
+def _flash_attn_fwd(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, return_lse: bool, out: Tensor
+) -> tuple[Tensor, Tensor | None, None, None, None]:
+    own, lse = flash_attn_func(q, k, v, softmax_scale=softmax_scale, return_lse=return_lse)
+    assert out.is_contiguous()
+    return out.copy_(own), lse, None, None, None
+
+
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    package, cute, sparsity = (ModuleType(name) for name in ("flash_attn", "cute", "block_sparsity"))
+    monkeypatch.setattr(fa4, "_processors", lambda device: 132)
+    package, cute, interface, sparsity = (
+        ModuleType(name) for name in ("flash_attn", "cute", "interface", "block_sparsity")
+    )
+    interface._flash_attn_fwd = _flash_attn_fwd  # type: ignore[attr-defined]
     cute.flash_attn_func, cute.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
     sparsity.BlockSparseTensorsTorch = SimpleNamespace  # type: ignore[attr-defined]
-    for name, module in {"": package, ".cute": cute, ".cute.block_sparsity": sparsity}.items():
+    modules = {"": package, ".cute": cute, ".cute.interface": interface, ".cute.block_sparsity": sparsity}
+    for name, module in modules.items():
         monkeypatch.setitem(sys.modules, f"flash_attn{name}", module)
 
 
@@ -133,6 +170,39 @@ def test_dense_calls(draw: Draw, biased: bool, ragged: bool) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert lse is not None
     torch.testing.assert_close(lse, natural, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+@pytest.mark.parametrize("split", [(128, 5), (0, 16), (256, 2)], ids=str)
+def test_a_last_wave_is_split_over_the_keys(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, split: tuple[int, int], biased: bool, lse: bool
+) -> None:
+    """In slices of buffers, whose keys are no multiple of the parts; one head has empty slots alone."""
+    wanted: list[tuple[int, ...]] = []
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes: wanted.append(sizes) or split)
+    q, k, v = draw.normal(1, 3, 300, 16), draw.normal(1, 3, 200, 16), draw.normal(1, 3, 200, 24)
+    k[:, :, 133:], v[:, :, 133:] = torch.nan, torch.nan
+    k, v = k[:, :, :133], v[:, :, :133]
+    log_count = draw.log_count(1, 3, 133) if biased else None
+    out, natural = FA4.run(engines.AttentionCall(q, k, v, log_count, None, lse))
+    expected, told = engines.attend(q, k, v, log_count=log_count, engine="reference", return_lse=True)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert wanted == [(300, 133, 3, 132, 192)] and (natural is not None) == lse
+    if natural is not None:
+        torch.testing.assert_close(natural, told, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_batches_and_calls_with_gradients_are_not_split(
+    draw: Draw, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes: pytest.fail("it was asked for"))
+    q, k, v = (draw.normal(batch, 3, length, 16) for length in (300, 133, 133))
+    q.requires_grad_(batch == 1)
+    out, _ = FA4.run(engines.AttentionCall(q, k, v, None, None, False))
+    torch.testing.assert_close(out, engines.attend(q, k, v, engine="reference")[0], rtol=1e-4, atol=1e-5)
+    assert out.requires_grad == (batch == 1)
 
 
 def test_keys_kept_augmented_are_handed_over_as_they_lie(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastar import engines
-from fastar.engines import BlockPlan
+from fastar.engines import BlockPlan, fa4
 from fastar.engines.augmented import augment_keys, augment_queries
+from fastar.engines.waves import split_of
 
 from .conftest import Draw
 from .test_engines import TOLERANCE, relative_error
@@ -93,6 +94,31 @@ def test_dense_and_log_counted(draw: Draw, engine: str, case: str, biased: bool)
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+@pytest.mark.parametrize("queries", [100, 1560])
+def test_a_last_wave_is_split_over_the_keys(
+    draw: Draw, queries: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU whose processors so few tiles do not fill; alone and in a graph."""
+    usable("fa4")
+    split = split_of(queries, 5001, 12, fa4._processors(torch.device("cuda")), 128)
+    assert split is not None and (split[0] > 0) == (queries == 1560)
+    q, k, v = (draw.normal(1, 12, length, 128) for length in (queries, 5001, 5001))
+    log_count = draw.log_count(1, 12, 5001) if biased else None
+    check("fa4", q, k, v, lse=True, log_count=log_count)
+    given = {"engine": "fa4", "log_count": log_count}
+    expected = engines.attend(q, k, v, **given)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = engines.attend(q, k, v, **given)[0]
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, expected)
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes: None)
+    whole = engines.attend(q, k, v, **given)[0]
+    assert relative_error(out, whole.float()) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
 @pytest.mark.parametrize("case", SPARSE)
 def test_block_sparse_and_log_counted(draw: Draw, case: str, biased: bool) -> None:
     queries, keys, head_dim, value_dim, block_q, block_k = SPARSE[case]
@@ -156,7 +182,7 @@ def test_keys_are_read_where_they_lie(draw: Draw, engine: str, planned: bool) ->
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("engine", ["fa4", "flashinfer", "cudnn"])
 def test_calls_do_not_wait_for_the_gpu_and_can_be_captured(draw: Draw, engine: str, planned: bool) -> None:
-    """A replayed graph sees what the buffers hold by then, the block mask too."""
+    """A replayed graph sees what the buffers hold by then, the block mask too if its lists are made in the graph."""
     q, keys, values, k, log_count = slots(draw, engine, size=1500, used=1500)
     plan, masks = None, [torch.empty(0)] * 2
     if planned:
@@ -165,7 +191,8 @@ def test_calls_do_not_wait_for_the_gpu_and_can_be_captured(draw: Draw, engine: s
     usable(engine, engines.AttentionCall(q, keys, values, None, plan, return_lse=False, head_dim=128))
 
     def attend() -> Tensor:
-        return engines.attend(q, keys, values, head_dim=128, plan=plan, engine=engine)[0]
+        made = None if plan is None else dataclasses.replace(plan)  # one that has no lists yet
+        return engines.attend(q, keys, values, head_dim=128, plan=made, engine=engine)[0]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

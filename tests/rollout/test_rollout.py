@@ -14,7 +14,7 @@ from fastar.attention.context import PassKind
 from fastar.attention.events import AttendEvent
 from fastar.backbones import Backbone
 from fastar.cache import DenseCache, TempCache, WindowCache
-from fastar.rollout.noise import chunk_noise
+from fastar.rollout.noise import FirstNoise, chunk_noise
 from fastar.rollout.rollout import NonFiniteError, Rollout
 from tests.small import CHUNK, LATENT, clip, run, small_backbone, small_loop, small_rollout
 
@@ -54,6 +54,43 @@ def test_seeds_of_other_integer_types_are_the_same_seeds() -> None:
 def test_noise_is_standard_normal() -> None:
     noise = torch.cat([chunk_noise([1, 2], first, 0, (2, 8, 16, 16), "cpu").flatten() for first in range(4)])
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01 and noise.dtype == torch.float32
+
+
+def test_first_noise_is_drawn_ahead_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one chunk, once; another chunk's is drawn when it is asked for."""
+    drawn: list[int] = []
+
+    def on_the_cpu(
+        seeds: list[int], first_frame: int, draw: int, shape: tuple[int, ...], device: object
+    ) -> Tensor:
+        drawn.append(first_frame)
+        return chunk_noise(seeds, first_frame, draw, shape, "cpu")
+
+    monkeypatch.setattr("fastar.rollout.noise.chunk_noise", on_the_cpu)
+    shape = (2, 3, 4, 4)
+    expected = {first: chunk_noise([5, 6], first, 0, shape, "cpu") for first in (0, 2, 4)}
+    noise = FirstNoise([5, 6], shape, "cuda")
+    assert torch.equal(noise.of(0), expected[0])
+    noise.draw_ahead(2)
+    assert drawn == [0, 2] and torch.equal(noise.of(2), expected[2]) and drawn == [0, 2]
+    assert torch.equal(noise.of(2), expected[2]) and drawn == [0, 2, 2]
+    noise.draw_ahead(4)
+    assert torch.equal(noise.of(0), expected[0]) and drawn == [0, 2, 2, 4, 0]
+    noise = FirstNoise([5, 6], shape, "cpu")
+    noise.draw_ahead(2)
+    assert len(drawn) == 5, "a CPU has nothing else to do meanwhile"
+
+
+@pytest.mark.gpu
+def test_chunks_begin_with_what_was_drawn_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = small_backbone()
+    backbone.transformer.to("cuda")
+    made, asked = [], []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(FirstNoise, "draw_ahead", lambda self, first_frame: asked.append(first_frame))
+        made.append(run(small_rollout(backbone, DenseCache, engine="sdpa")))
+    assert torch.equal(*made) and asked[0] > 0
 
 
 @pytest.mark.parametrize("renoise", [False, True])

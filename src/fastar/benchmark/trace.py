@@ -14,10 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 KINDS = (
-    ("attention", r"flash|fmha|attention|attn|attend|sdpa|flex"),
+    ("attention", r"flash|fmha|attention|attn|attend|sdpa|flex|^join_parts$"),
     (
         "match and merge",
-        r"^(nearest\w*|halved_squares|merge_partials|moments|cholesky|features|cheaper_partner|lowest|places|find_roots|fold)$",
+        r"^(nearest\w*|halved_squares|merge_partials|moments|cholesky|features|cheaper_partner|lowest|project|places|find_roots|fold)$",
     ),
     ("plan", r"^(codes|shared_pairs|block_means|choose_blocks)$"),
     ("sort", r"sort|radix|topk|scan|bitonic|searchsorted|unique|segment"),

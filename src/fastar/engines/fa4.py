@@ -4,6 +4,9 @@ Log-counts go through the augmented head, 144 coordinates for heads of 128; valu
 handed over as lists on the device, so that nothing waits for the host and a call can be captured in a CUDA graph once
 one like it has compiled (2 to 3 s for each class of widths, block sizes and options; lengths are free).
 
+Dense calls of one sequence whose last wave of query tiles would leave processors idle are split over the keys there
+(`fastar.engines.waves`).
+
 Tensors go in as they lie, [B, H, L, D] seen as [B, L, H, D]: any strides that are multiples of 16 bytes do, the last
 one being 1. Slices of a larger buffer of slots are thus read in place. Only what a plan orders is copied.
 """
@@ -20,10 +23,13 @@ from fastar.engines.plan import BlockPlan
 from fastar.engines.registry import AttentionCall, Engine
 from fastar.engines.rows import gathered, scattered
 from fastar.engines.unbiased import augmented, live_queries, silence, unfit_for_hopper_kernels, unfit_widths
+from fastar.engines.waves import boundaries, join, split_of
 
 _KEY_MULTIPLE = 16  # columns of a tensor-core step: anything else is padded to it inside the kernel
 _BLOCK_Q = 64  # rows of one warp group: query tiles are multiples
 _BLOCK_K, _LARGEST_BLOCK_K = 16, 128
+_NARROW = 96  # numbers of a head, up to which a processor's tile has the second of these numbers of queries
+_TILE, _NARROW_TILE = 128, 192
 
 
 def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -38,9 +44,51 @@ def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 def _dense(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     from flash_attn.cute import flash_attn_func
 
+    split = _split_of(call)
+    if split is not None:
+        return _in_waves(call, *split)
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     out, lse = flash_attn_func(q, k, v, softmax_scale=call.scale, return_lse=call.return_lse)
     return out.transpose(1, 2), lse
+
+
+def _split_of(call: AttentionCall) -> tuple[int, int] | None:
+    """How the last queries of a call are split over the keys (`fastar.engines.waves`), if they are."""
+    batch, heads, queries, width = call.q.shape
+    if batch > 1:
+        return None  # parts of the keys are read as sequences of their own; those of two videos lie apart
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return None  # what is joined has no gradients
+    tile = _NARROW_TILE if width <= _NARROW else _TILE
+    return split_of(queries, call.k.shape[2], heads, _processors(call.q.device), tile)
+
+
+def _in_waves(call: AttentionCall, whole: int, splits: int) -> tuple[Tensor, Tensor | None]:
+    """The first `whole` queries over all keys, the others over each of `splits` parts of them (see `waves`)."""
+    from flash_attn.cute import flash_attn_varlen_func
+    from flash_attn.cute.interface import _flash_attn_fwd  # the public one cannot write into a larger output
+
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    heads, queries, keys, width = q.shape[2], q.shape[1], k.shape[1], v.shape[3]
+    out, lse = q.new_empty(1, queries, heads, width), q.new_empty(1, heads, queries, dtype=torch.float32)
+    if whole:
+        own = _flash_attn_fwd(
+            q[:, :whole], k, v, softmax_scale=call.scale, return_lse=call.return_lse, out=out[:, :whole]
+        )[1]
+        if own is not None:
+            lse[..., :whole] = own
+    parts, part_lse = flash_attn_varlen_func(
+        q[:, whole:].expand(splits, -1, -1, -1), k[0], v[0], cu_seqlens_k=boundaries(keys, splits, q.device),
+        max_seqlen_k=-(-keys // splits), softmax_scale=call.scale, return_lse=True,
+    )  # fmt: skip
+    out = out.transpose(1, 2)
+    join(parts, part_lse, out[0, :, whole:], lse[0, :, whole:])
+    return out, lse if call.return_lse else None
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _ragged(call: AttentionCall, lengths: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -140,3 +140,39 @@ def move_rows(
     used = inside[:, None] & (width < D)[None, :]
     x = tl.load(source + read[:, None] * source_row + width[None, :], mask=used)
     tl.store(target + write[:, None] * target_row + width[None, :], x, mask=used)
+
+
+@triton.jit(do_not_specialize=["n", "heads", "splits"])
+def join_parts(
+    parts, part_lse, out, lse, n, heads, splits, out_head, out_row, lse_head,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Attention over all keys from attention over each part of them: out [H, n, D] and lse float32 [H, n].
+
+    parts [splits, n, H, D] and their natural log-sum-exps part_lse float32 [splits, H, n], both contiguous; out and lse
+    by the strides given. A query without a key in any part gets zeros and -inf. D <= WIDTH.
+    """
+    row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    width = tl.arange(0, WIDTH)
+    inside = row < n
+    used = inside[:, None] & (width < D)[None, :]
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in range(splits):
+        own = tl.load(part_lse + (part * heads + head) * n + row, mask=inside, other=float("-inf"))
+        top = tl.maximum(top, own)
+    base = tl.where(top == float("-inf"), 0.0, top)  # no key at all: -inf - -inf would be nan
+    mass = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for part in range(splits):
+        own = tl.load(part_lse + (part * heads + head) * n + row, mask=inside, other=float("-inf"))
+        weight = tl.exp(own - base)
+        place = ((part * n + row) * heads + head) * D
+        x = tl.load(parts + place[:, None] + width[None, :], mask=used, other=0).to(tl.float32)
+        mass += weight
+        total += weight[:, None] * x
+    something = mass > 0
+    total = total / tl.where(something, mass, 1.0)[:, None]
+    natural = tl.where(something, base + tl.log(tl.where(something, mass, 1.0)), float("-inf"))
+    target = out + head.to(tl.int64) * out_head + row[:, None].to(tl.int64) * out_row + width[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=used)
+    tl.store(lse + head.to(tl.int64) * lse_head + row, natural, mask=inside)

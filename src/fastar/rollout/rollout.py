@@ -16,7 +16,7 @@ from fastar.rollout.capture import CapturedPasses
 from fastar.rollout.flight import InFlight
 from fastar.rollout.guidance import guidance_of
 from fastar.rollout.loops import ChunkLoop
-from fastar.rollout.noise import chunk_noise
+from fastar.rollout.noise import FirstNoise, chunk_noise
 
 
 class NonFiniteError(RuntimeError):
@@ -75,6 +75,7 @@ class Rollout:
         self._advanced: list[InFlight] | None = None  # after denoising since then
         self._remembered: dict[str, Any] = {}  # by selectors of chunks in flight, before it
         self.device = next(transformer.parameters()).device
+        self._first_noise = FirstNoise(self.seeds, (loop.chunk_frames, *self.latent_shape), self.device)
         self.pose = (
             None if transformer.odometer is None else transformer.odometer.start(len(self.seeds), self.device)
         )
@@ -221,6 +222,8 @@ class Rollout:
         with self._timed("commit"):
             self.run_pass(self.loop.commit_pass(self.next_frame, kind), clean, actions)
         self._move_to(self.next_frame + self.loop.chunk_frames)
+        if kind == PassKind.COMMIT:  # others follow true frames, or make a past anew
+            self._first_noise.draw_ahead(self.next_frame + len(self._flight) * self.loop.chunk_frames)
         poses = self._poses(actions)
         if poses is not None:
             self.pose = poses[:, -1]
@@ -333,8 +336,7 @@ class Rollout:
             )
 
     def _begun(self, first_frame: int) -> InFlight:
-        shape = (self.loop.chunk_frames, *self.latent_shape)
-        return InFlight(first_frame, 0, chunk_noise(self.seeds, first_frame, 0, shape, self.device))
+        return InFlight(first_frame, 0, self._first_noise.of(first_frame))
 
     def _move_to(self, next_frame: int) -> None:
         """Frames before `next_frame` are committed: they are in flight no more."""

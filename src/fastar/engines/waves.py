@@ -1,0 +1,81 @@
+"""Attention that fills a GPU to the end: the queries of a last, partial wave of tiles share it among parts of the keys.
+
+A kernel that gives each tile of queries to one processor takes whole waves: a chunk of Wan2.1-1.3B (4,680 queries, 12
+heads) is 444 tiles of 128, on an H100's 132 processors 3.4 waves' work in the time of 4. Here the tiles of three waves
+run as they are, and those that are left over as several shorter ones, each over a part of the keys, which are joined by
+their log-sum-exps: flash decoding's split of the keys, for what does not fill a wave alone.
+
+One H100, FlashAttention-4, 2026-11-27: dense calls of such a chunk run at 741 to 744 TFLOP/s over 32,760 keys and at 732
+to 757 over 131,040, whole at 657 to 664 and 673. The lists of block plans, dealt out in the same way, gained nothing in
+a rollout of 18 frames (290 ms a chunk for 289): they stay whole.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastar.interpreter import interpreted
+
+MOST_SPLITS = 16
+
+# What a wave costs beside its keys, and what two more kernels cost, in keys of a wave: on an H100, where 1,000 keys of
+# 132 tiles of 128 queries take 11 us (FlashAttention-4 4.0.0b36, heads of 128).
+_WAVE, _KERNELS = 700, 2000
+_SURE = 0.97  # what is estimated to save less is left alone
+
+
+@cache
+def split_of(queries: int, keys: int, heads: int, processors: int, tile: int) -> tuple[int, int] | None:
+    """How many of the first queries run over all keys at once, and over how many parts of the keys the others do.
+
+    None: all queries over all keys, which is estimated to be no slower.
+
+    Args:
+        queries, keys, heads: of the call, of one batch entry.
+        processors: of the GPU, each of which takes one tile at a time.
+        tile: its queries.
+    """
+    tiles = -(-queries // tile)
+
+    def waves(count: int) -> int:
+        return -(-count * heads // processors)
+
+    best, chosen = _SURE * waves(tiles) * (keys + _WAVE), None
+    for whole in range(tiles):
+        for splits in range(2, MOST_SPLITS + 1):
+            cost = waves(whole) * (keys + _WAVE) + _KERNELS
+            cost += waves((tiles - whole) * splits) * (-(-keys // splits) + _WAVE)
+            if cost < best:
+                best, chosen = cost, (whole * tile, splits)
+    return chosen
+
+
+@cache
+def boundaries(keys: int, splits: int, device: torch.device) -> Tensor:
+    """int32 [splits + 1], where equal parts of the keys begin and end; kept, so that captured calls can read it."""
+    ends = [keys * part // splits for part in range(splits + 1)]
+    with torch.inference_mode(False):
+        return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def join(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Write attention over all keys to out [H, n, D] and lse [H, n], given that over parts of them.
+
+    Args:
+        parts: [splits, n, H, D], contiguous. part_lse: float32 [splits, H, n], contiguous, natural logarithms.
+        out, lse: last dimensions contiguous; lse float32.
+    """
+    from fastar.engines.kernels import join_parts
+
+    splits, n, heads, width = parts.shape
+    assert parts.is_contiguous() and part_lse.is_contiguous() and out.stride(2) == lse.stride(1) == 1
+    assert parts.device.type == "cuda" or interpreted()
+    rows = 16
+    with torch.cuda.device_of(parts):  # Triton launches on the current device
+        join_parts[(-(-n // rows), heads)](
+            parts, part_lse, out, lse, n, heads, splits, *out.stride()[:2], lse.stride(0),
+            D=width, WIDTH=1 << (width - 1).bit_length(), ROWS=rows,
+        )  # fmt: skip
