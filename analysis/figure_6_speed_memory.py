@@ -21,8 +21,9 @@
 # heights.
 #
 #     python experiments/benchmark.py mode=record
-#     python experiments/benchmark.py mode=rollout +backbone.transformer.numerics=self_forcing steady.repeats=2 \
-#         'method=[stock,tempcache_fast,tempcache_annsa_fast,window]' 'budgets=[6,18,3.1,12]' 'decoders=[]'
+#     python experiments/benchmark.py mode=rollout +backbone.transformer.numerics=self_forcing \
+#         'method=[stock,tempcache_fast,tempcache_annsa_sparse_commits,window,tempcache_annsa_fast,tempcache_fastest]' \
+#         'budgets=[6,18,3.1,12]' steady.repeats=2 'decoders=[light]'
 
 # %%
 import numpy as np

@@ -1,19 +1,19 @@
 """What `auto` means: the first engine, in the order of measured speed, that fits the machine and the calls to come.
 
-Measured on one H100 80GB HBM3 (driver 580, torch 2.11.0+cu130, FlashAttention-4 4.0.0b36, FlashInfer 0.6.13, cuDNN of
-that torch), bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131,040 keys, medians of 7:
+Measured on one H100 80GB HBM3 (torch 2.11.0+cu130, FlashAttention-4 4.0.0b36, FlashInfer 0.6.13, cuDNN of that torch),
+bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131,040 keys, medians of 7, 2026-11-27:
 
     engine       dense       log-counted   block-sparse, density 0.25
-    fa4          588  622    545  588      433  582
-    flashinfer   627  650    551  531      -
-    cudnn        538  507    447  441      -
-    sdpa         308  315
+    fa4          741  757    697  707      582  556
+    flashinfer   637  597    569  513      -
+    cudnn        545  536    454  462      -
+    sdpa         315  311
 
 One engine serves all calls of a rollout but those over few keys, a prompt's, so that methods of one comparison differ
-in nothing else. FlashAttention-4 comes first: within 6 % of the fastest dense call, the fastest log-counted one at many
-keys, and the only one of the first three that executes block plans. `experiments/benchmark.py` measures the table anew.
-At 512 keys without log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038 and SDPA 0.064 (same
-machine, 2026-11-26, `experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
+in nothing else. FlashAttention-4 comes first: the fastest of all, its last wave of tiles being split over the keys
+(`fastar.engines.waves`), and the only one of the first three that executes block plans. `experiments/benchmark.py`
+measures the table anew. At 512 keys without log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038 and
+SDPA 0.064 (same machine, 2026-11-26, `experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
 """
 
 from __future__ import annotations
