@@ -12,8 +12,8 @@ bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131,040 keys, me
 One engine serves all calls of a rollout but those over few keys, a prompt's, so that methods of one comparison differ
 in nothing else. FlashAttention-4 comes first: the fastest of all, its last wave of tiles being split over the keys
 (`fastar.engines.waves`), and the only one of the first three that executes block plans. `experiments/benchmark.py`
-measures the table anew. At 512 keys without log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038 and
-SDPA 0.064 (same machine, 2026-11-26, `experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
+measures the table anew. At 512 keys without log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038
+and SDPA 0.064 (same machine, 2026-11-26, `experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def for_few_keys(device: torch.device, call: AttentionCall) -> str | None:
 COPY_SHARE = 0.25
 """Of a GPU's memory, what a copy of quantised slots may take: as long as it does, `auto` makes one.
 
-Attention over packed slots ran at 219 and 211 TFLOP/s where the first engine above has 617 and 607 on a copy (int8,
-same machine, 32,760 and 131,040 keys, 2026-11-26, `experiments/benchmark.py`): what it saves is memory, not time.
+Attention over packed slots ran at 221 and 208 TFLOP/s where the first engine above has 697 and 707 on a copy (int8,
+same machine, 32,760 and 131,040 keys, 2026-11-27, `experiments/benchmark.py`): what it saves is memory, not time.
 """
 
 
