@@ -223,7 +223,9 @@ def packed() -> None:
     write(
         "packed",
         lines,
-        "`read_slots=packed` and `unpacked`, attention whole; everything else as above. " + made_on("rollout_packed") + ".",
+        "`read_slots=packed` and `unpacked`, attention whole; everything else as above. "
+        + made_on("rollout_packed")
+        + ".",
     )
 
 
@@ -240,7 +242,11 @@ def fp8() -> None:
         for row in rows_of("rollout_fp8")
         if "fps_commit" in row and "budget" in row and not row.get("reason")
     ]
-    write("fp8", lines, "Linears in e4m3, attention whole; everything else as above. " + made_on("rollout_fp8") + ".")
+    write(
+        "fp8",
+        lines,
+        "Linears in e4m3, attention whole; everything else as above. " + made_on("rollout_fp8") + ".",
+    )
 
 
 def commits() -> None:
