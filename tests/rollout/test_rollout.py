@@ -72,6 +72,7 @@ def test_first_noise_is_drawn_ahead_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     noise = FirstNoise([5, 6], shape, "cuda")
     assert torch.equal(noise.of(0), expected[0])
     noise.draw_ahead(2)
+    noise.draw_ahead(2)
     assert drawn == [0, 2] and torch.equal(noise.of(2), expected[2]) and drawn == [0, 2]
     assert torch.equal(noise.of(2), expected[2]) and drawn == [0, 2, 2]
     noise.draw_ahead(4)
@@ -79,6 +80,36 @@ def test_first_noise_is_drawn_ahead_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     noise = FirstNoise([5, 6], shape, "cpu")
     noise.draw_ahead(2)
     assert len(drawn) == 5, "a CPU has nothing else to do meanwhile"
+
+
+def test_the_next_chunks_noise_is_drawn_while_passes_run(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the host looks at what they made; where drawing fails, the chunk can be repeated."""
+    order: list[str] = []
+    look = Rollout._require_finite
+
+    def draw_ahead(noise: FirstNoise, first_frame: int) -> None:
+        order.append(f"draw {first_frame}")
+        if len(order) == 1:
+            raise RuntimeError("no memory to pin")
+
+    def require_finite(rollout: Rollout, finite: Tensor, what: str) -> None:
+        order.append(what)
+        look(rollout, finite, what)
+
+    rollout, twin = small_rollout(backbone), small_rollout(backbone)
+    latents, actions = clip(8)
+    for each in (rollout, twin):
+        each.prefill(latents[:, :4], actions[:, :4])
+    expected = torch.cat(list(twin.generate(4, actions[:, 4:])), dim=1)
+    monkeypatch.setattr(FirstNoise, "draw_ahead", draw_ahead)
+    monkeypatch.setattr(Rollout, "_require_finite", require_finite)
+    with pytest.raises(RuntimeError, match="pin"):
+        rollout.step(actions[:, 4:6])
+    assert torch.equal(torch.cat(list(rollout.generate(4, actions[:, 4:])), dim=1), expected)
+    assert equal_states(rollout.state_dict(), twin.state_dict())
+    assert order[1:4] == ["draw 6", "denoising", "commit pass"] and order[4] == "draw 8"
 
 
 @pytest.mark.gpu

@@ -2,7 +2,8 @@
 
 Log-counts go through the augmented head, 144 coordinates for heads of 128; values keep their width. A block plan is
 handed over as lists on the device, so that nothing waits for the host and a call can be captured in a CUDA graph once
-one like it has compiled (2 to 3 s for each class of widths, block sizes and options; lengths are free).
+one like it has compiled (2 to 3 s for each class of widths, block sizes and options; lengths are free, but where a
+call is split, see below, its number of keys must have been met: the first such call waits for a copy to the device).
 
 Dense calls of one sequence whose last wave of query tiles would leave processors idle are split over the keys there
 (`fastar.engines.waves`).

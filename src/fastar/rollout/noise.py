@@ -42,7 +42,7 @@ class FirstNoise:
 
     def draw_ahead(self, first_frame: int) -> None:
         """Draw that of the chunk from `first_frame` on, in place of any other that is kept; on a GPU alone."""
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and first_frame not in self._ahead:
             self._ahead = {first_frame: self._draw(first_frame)}
 
     def of(self, first_frame: int) -> Tensor:

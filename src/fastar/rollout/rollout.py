@@ -206,6 +206,8 @@ class Rollout:
                 flight[:] = [chunk for chunk, _ in moved]
                 if on_step is not None:
                     on_step(moved[0][1])
+            # The GPU is still at work, before the host looks here or, if captured, in the commit.
+            self._first_noise.draw_ahead(flight[-1].first_frame + self.loop.chunk_frames)
         for chunk in flight if self._captured is None else ():
             self._require_finite(torch.isfinite(chunk.latents).all(), "denoising")
         return flight[0].latents
@@ -222,8 +224,6 @@ class Rollout:
         with self._timed("commit"):
             self.run_pass(self.loop.commit_pass(self.next_frame, kind), clean, actions)
         self._move_to(self.next_frame + self.loop.chunk_frames)
-        if kind == PassKind.COMMIT:  # others follow true frames, or make a past anew
-            self._first_noise.draw_ahead(self.next_frame + len(self._flight) * self.loop.chunk_frames)
         poses = self._poses(actions)
         if poses is not None:
             self.pose = poses[:, -1]
