@@ -59,16 +59,17 @@ def test_shared_pairs(
     assert torch.equal(found.cpu().long(), expected)
 
 
+@pytest.mark.parametrize("of", ["all", "past"])
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("current", [20, 64])
-def test_choose_blocks(current: int, density: float, device: torch.device) -> None:
+def test_choose_blocks(current: int, density: float, of: blocks.DensityOf, device: torch.device) -> None:
     """Equal scores among them; the lists are those of the mask; heads have different numbers of live keys."""
     live = torch.tensor([[150, 149, current], [64, 81, 100]])
     scores = torch.randint(-3, 4, (BATCH, HEADS, 5, 19)).float()
     order = torch.arange(150).expand(BATCH, HEADS, -1)
     layout = blocks.KeyLayout(order, order[..., current:], live, current)
-    expected = blocks.choose_blocks(scores, layout, 8, density)
-    quotas = blocks.block_quotas(19, density, -(-current // 8), device)
+    expected = blocks.choose_blocks(scores, layout, 8, density, of)
+    quotas = blocks.block_quotas(19, density, -(-current // 8), device, of)
     mask, (counts, indices) = fused.choose_blocks(scores.to(device), live.to(device), quotas, current, 8)
     assert torch.equal(mask.cpu(), expected.mask)
     assert torch.equal(counts.cpu(), expected.mask.sum(-1, dtype=torch.int32))

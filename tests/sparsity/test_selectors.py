@@ -20,6 +20,7 @@ from fastar.ann import (
 from fastar.attention.context import PassContext, PassKind
 from fastar.engines.reference import attention_weights
 from fastar.sparsity import AnnSA, Dense, RandomBlocks, Selector, SelectRequest, calibrate_layers
+from fastar.sparsity.blocks import aimed_density
 
 from .conftest import CACHED, CURRENT, DIM, HEADS, FirstCoordinate, denoise
 
@@ -84,6 +85,27 @@ def test_density_is_met_to_within_a_block(
     assert plan is not None and plan.live_keys is not None
     assert ((plan.density() - density).abs() <= plan.block_k / plan.live_keys).all()
     assert plan.max_blocks is not None and int(plan.block_mask.sum(-1).max()) <= plan.max_blocks
+
+
+@pytest.mark.parametrize("make", [annsa, random_blocks])
+@pytest.mark.parametrize("empty", [0.0, 0.4])
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.8, 0.999])
+def test_density_of_the_past_leaves_the_chunk_out(
+    request_for: Make, make: Callable[..., Selector], density: float, empty: float
+) -> None:
+    """Where the chunk ends with a block; of a small density of all pairs nothing of the past would be read."""
+    request = request_for(empty=empty)
+    plan = make(density=density, density_of="past").plan(request)
+    assert plan is not None and plan.live_keys is not None and CURRENT % plan.block_k == 0
+    past = plan.live_keys - CURRENT
+    read = plan.executed_pairs() / plan.num_queries - CURRENT
+    assert ((read - density * past).abs() <= plan.block_k).all()
+    aimed = torch.stack(
+        [torch.tensor(aimed_density(density, "past", CURRENT, int(n))) for n in plan.live_keys.flatten()]
+    )
+    assert ((plan.density().flatten() - aimed).abs() <= plan.block_k / plan.live_keys.flatten()).all()
+    assert plan.max_blocks is not None and int(plan.block_mask.sum(-1).max()) <= plan.max_blocks
+    assert aimed_density(density, "all", CURRENT, 100) == density
 
 
 @pytest.mark.parametrize("make", [annsa, random_blocks])
@@ -302,6 +324,7 @@ def test_layers_are_chosen_by_measured_recall() -> None:
     ("options", "message"),
     [
         ({"density": 0.0}, r"density is a share of the dense pairs in \(0, 1\]"),
+        ({"density_of": "cache"}, "density_of must be one of all, past"),
         ({"rank": "best"}, "rank must be one of shared, centroid, got 'best'"),
         ({"source": "audio"}, "source must be one of content, prompt"),
         ({"rebuild": "never"}, "rebuild must be one of pass, chunk"),

@@ -16,6 +16,7 @@ from fastar.benchmark.timing import matmul_flops, timed
 from fastar.benchmark.workload import Workload, redundancy_of
 from fastar.engines.auto import example_call
 from fastar.rollout.rollout import Rollout
+from fastar.sparsity.blocks import DensityOf, aimed_density
 
 COPIED = 2**30  # bytes of the copy that is timed on a GPU; a CPU's takes a 64th of it
 
@@ -47,13 +48,14 @@ class Ceiling:
         sizes, tokens = workload.session.backbone.config.transformer, workload.chunk_tokens
         selector = rollout.state.self_selector
         contexts = list(workload.session.loop.denoise_passes(rollout.next_frame))
+        keys = rollout.state.cache.slots_used() + tokens
         density = getattr(selector, "density", None) or 1.0
+        of: DensityOf = getattr(selector, "density_of", "all")
         shares = [
-            1.0 if selector.is_dense(layer, context) else density
+            1.0 if selector.is_dense(layer, context) else aimed_density(density, of, tokens, keys)
             for context in contexts
             for layer in range(sizes.num_layers)
         ]
-        keys = rollout.state.cache.slots_used() + tokens
         pairs = tokens * keys * sum(shares) / len(shares)
         if sizes.text_dim is not None and workload.contents.prompts is not None:
             pairs += tokens * (sizes.text_len or workload.contents.prompts.embeddings.shape[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch.nn.functional import embedding_bag, pad
 
 from fastar.engines.plan import WILDCARD, BlockPlan, inverse_order
 from fastar.sparsity import fused
-from fastar.sparsity.base import SelectRequest
+from fastar.sparsity.base import SelectRequest, check_choice
 
+DensityOf = Literal["all", "past"]
 _LAST = 2**16  # follows every bucket (`fastar.ann.base.Bucketizer`)
 
 
@@ -154,21 +156,22 @@ class ChosenBlocks:
     lists: tuple[Tensor, Tensor] | None = None
 
 
-def choose_blocks(scores: Tensor, layout: KeyLayout, block_k: int, density: float) -> ChosenBlocks:
+def choose_blocks(
+    scores: Tensor, layout: KeyLayout, block_k: int, density: float, of: DensityOf = "all"
+) -> ChosenBlocks:
     """The best-scored key blocks of every query block, current chunk first, up to a density.
 
-    Every query block gets the same number of key blocks, density * live blocks rounded to a whole number, so
-    that the work is even and its bound known on the host. The current chunk counts; it is executed even where
-    it alone exceeds the target.
+    Every query block gets the same number of key blocks, `block_quota`, so that the work is even and its bound known on
+    the host.
 
     Args:
         scores: [B, H, query blocks, key blocks]; higher is chosen first, ties go to the earlier block.
-        density: executed pairs / dense pairs to aim for, in (0, 1].
+        density, of: see `block_quota`.
     """
     least, blocks = max(1, -(-layout.current // block_k)), scores.shape[-1]
-    most = max(least, math.floor(blocks * density + 0.5))
+    most = block_quota(blocks, density, least, of)
+    quotas = block_quotas(blocks, density, least, scores.device, of)
     if scores.device.type == "cuda":
-        quotas = block_quotas(blocks, density, least, scores.device)
         mask, lists = fused.choose_blocks(scores, layout.live, quotas, layout.current, block_k)
         return ChosenBlocks(mask, most, lists)
     starts = torch.arange(scores.shape[-1], device=scores.device) * block_k
@@ -176,17 +179,38 @@ def choose_blocks(scores: Tensor, layout: KeyLayout, block_k: int, density: floa
     scores = scores.masked_fill(~exists[:, :, None], -torch.inf).masked_fill(forced, torch.inf)
     ranked = torch.argsort(scores, dim=-1, descending=True, stable=True)
     rank = inverse_order(ranked)
-    quota = (exists.sum(-1).double() * density + 0.5).floor().clamp(min=least)
+    quota = quotas[exists.sum(-1)]
     mask = (rank < quota[..., None, None]) & exists[:, :, None]
     return ChosenBlocks(mask, most)
 
 
+def block_quota(blocks: int, density: float, least: int, of: DensityOf = "all") -> int:
+    """How many of `blocks` live key blocks a query block reads.
+
+    Args:
+        density: of the blocks, rounded to a whole number, in (0, 1].
+        least: those of the current chunk, which are always read.
+        of: what `density` is a share of: `all` blocks, the current chunk's counted, which are read even where they
+            alone exceed it; or the `past`, the blocks beside them.
+    """
+    if of == "past":
+        return least + math.floor(max(0, blocks - least) * density + 0.5)
+    return max(least, math.floor(blocks * density + 0.5))
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # for callers of either mode
-def block_quotas(blocks: int, density: float, least: int, device: torch.device) -> Tensor:
-    """How many blocks to choose of each number of them, 0 to `blocks`: int32, kept, as copying makes the host wait."""
-    chosen = [max(least, math.floor(count * density + 0.5)) for count in range(blocks + 1)]
+def block_quotas(
+    blocks: int, density: float, least: int, device: torch.device, of: DensityOf = "all"
+) -> Tensor:
+    """`block_quota` of each number of blocks, 0 to `blocks`: int32, kept, as copying makes the host wait."""
+    chosen = [block_quota(count, density, least, of) for count in range(blocks + 1)]
     return torch.tensor(chosen, dtype=torch.int32, device=device)
+
+
+def aimed_density(density: float, of: DensityOf, current: int, keys: int) -> float:
+    """Executed / dense pairs that a density aims for, where `current` of the `keys` are the chunk's."""
+    return density if of == "all" else (current + density * (keys - current)) / keys
 
 
 def build_plan(
@@ -225,8 +249,9 @@ def build_plan(
     )
 
 
-def check_density(density: float | None) -> None:
-    """Raise a ValueError unless `density` is None or in (0, 1]."""
+def check_density(density: float | None, of: str = "all") -> None:
+    """Raise a ValueError unless `density` is None or in (0, 1], and `of` known."""
+    check_choice("density_of", of, ("all", "past"))
     if density is not None and not 0.0 < density <= 1.0:
         raise ValueError(f"density is a share of the dense pairs in (0, 1], got {density}")
 

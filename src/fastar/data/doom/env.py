@@ -135,7 +135,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"Doom worlds need the package {name}: pip install -e '.[doom]'") from error
+        raise ValueError(f"Doom worlds need the package {name}: pip install -e '.[doom]'") from error
 
 
 @contextmanager
