@@ -100,7 +100,7 @@ def test_a_last_wave_is_split_over_the_keys(
 ) -> None:
     """On a GPU whose processors so few tiles do not fill; alone and in a graph."""
     usable("fa4")
-    split = split_of(queries, 5001, 12, fa4._processors(torch.device("cuda")), 128)
+    split = split_of(queries, 5001, 12, fa4._processors(torch.device("cuda")), 128, 128)
     assert split is not None and (split[0] > 0) == (queries == 1560)
     q, k, v = (draw.normal(1, 12, length, 128) for length in (queries, 5001, 5001))
     log_count = draw.log_count(1, 12, 5001) if biased else None

@@ -11,25 +11,25 @@ from fastar.engines.waves import MOST_SPLITS, boundaries, join, split_of
 
 from .conftest import Draw
 
-H100, TILE = 132, 128
+H100, TILE, WIDTH = 132, 128, 128
 
 
 def test_a_chunk_of_wan_runs_three_waves_whole() -> None:
     """37 tiles of each of 12 heads: 33 of them are three waves, which leave 456 queries."""
     assert 3 * H100 == 33 * 12
     for keys in (9_216, 13_864, 32_760, 131_040):
-        chosen = split_of(4_680, keys, 12, H100, TILE)
+        chosen = split_of(4_680, keys, 12, H100, TILE, WIDTH)
         assert chosen is not None and chosen[0] == 33 * TILE and 2 <= chosen[1] <= MOST_SPLITS
 
 
 def test_what_fills_its_waves_or_has_few_keys_is_left_alone() -> None:
-    assert split_of(33 * TILE, 131_040, 12, H100, TILE) is None
-    assert split_of(4_680, 512, 12, H100, TILE) is None
-    assert split_of(60 * TILE, 131_040, 11, H100, TILE) is None, "five waves"
+    assert split_of(33 * TILE, 131_040, 12, H100, TILE, WIDTH) is None
+    assert split_of(4_680, 512, 12, H100, TILE, WIDTH) is None
+    assert split_of(60 * TILE, 131_040, 11, H100, TILE, WIDTH) is None, "five waves"
 
 
 def test_a_few_queries_are_split_altogether() -> None:
-    whole, splits = split_of(192, 9_216, 2, H100, TILE) or (None, 0)
+    whole, splits = split_of(192, 9_216, 2, H100, TILE, WIDTH) or (None, 0)
     assert whole == 0 and splits == MOST_SPLITS
 
 
@@ -37,9 +37,18 @@ def test_a_few_queries_are_split_altogether() -> None:
 @pytest.mark.parametrize("queries", [1, 128, 500, 4_680, 14_040])
 def test_splits_leave_queries_for_their_parts(queries: int, heads: int) -> None:
     for keys in (1, 100, 5_000, 100_000):
-        chosen = split_of(queries, keys, heads, H100, TILE)
+        chosen = split_of(queries, keys, heads, H100, TILE, WIDTH)
         if chosen is not None:
             assert 0 <= chosen[0] < queries and chosen[0] % TILE == 0 and 2 <= chosen[1] <= MOST_SPLITS < keys
+
+
+def test_narrow_heads_are_split_over_fewer_keys_later() -> None:
+    """A kernel more costs them more keys' worth of time."""
+    fewest = [
+        next(keys for keys in range(0, 9_216, 64) if split_of(192, keys, 6, H100, 192, width))
+        for width in (128, 64)
+    ]
+    assert fewest[0] < fewest[1]
 
 
 def test_parts_of_the_keys_are_equal_but_for_one() -> None:

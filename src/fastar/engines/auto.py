@@ -12,7 +12,7 @@ bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131,040 keys, me
 One engine serves all calls of a rollout but those over few keys, a prompt's, so that methods of one comparison differ
 in nothing else. FlashAttention-4 comes first: the fastest of all, its last wave of tiles being split over the keys
 (`fastar.engines.waves`), and the only one of the first three that executes block plans. `experiments/benchmark.py`
-measures the table anew. At 512 keys without log-counts it is slow: 0.078 ms in a CUDA graph, where cuDNN takes 0.038
+measures the table anew. At 512 keys without log-counts it is slow: 0.090 ms in a CUDA graph, where cuDNN takes 0.038
 and SDPA 0.064 (same machine, 2026-11-26, `experiments/benchmark.py 'keys_per_call=[512]' 'densities=[]'`).
 """
 

@@ -2,8 +2,7 @@
 
 Log-counts go through the augmented head, 144 coordinates for heads of 128; values keep their width. A block plan is
 handed over as lists on the device, so that nothing waits for the host and a call can be captured in a CUDA graph once
-one like it has compiled (2 to 3 s for each class of widths, block sizes and options; lengths are free, but where a
-call is split, see below, its number of keys must have been met: the first such call waits for a copy to the device).
+one like it has compiled (2 to 3 s for each class of widths, block sizes and options; lengths are free).
 
 Dense calls of one sequence whose last wave of query tiles would leave processors idle are split over the keys there
 (`fastar.engines.waves`).
@@ -61,7 +60,7 @@ def _split_of(call: AttentionCall) -> tuple[int, int] | None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
         return None  # what is joined has no gradients
     tile = _NARROW_TILE if width <= _NARROW else _TILE
-    return split_of(queries, call.k.shape[2], heads, _processors(call.q.device), tile)
+    return split_of(queries, call.k.shape[2], heads, _processors(call.q.device), tile, width)
 
 
 def _in_waves(call: AttentionCall, whole: int, splits: int) -> tuple[Tensor, Tensor | None]:

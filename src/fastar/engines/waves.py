@@ -7,7 +7,7 @@ their log-sum-exps: flash decoding's split of the keys, for what does not fill a
 
 One H100, FlashAttention-4, 2026-11-27: dense calls of such a chunk run at 741 to 744 TFLOP/s over 32,760 keys and at
 732 to 757 over 131,040, whole at 657 to 664 and 673. The lists of block plans, dealt out in the same way, gained
-nothing in a rollout of 18 frames (290 ms a chunk for 289): they stay whole.
+nothing in a rollout of 18 frames (290 ms a chunk for 289): they stay whole (analysis/results/speed/dealt_lists.json).
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from fastar.interpreter import interpreted
 MOST_SPLITS = 16
 
 # What a wave costs beside its keys, and what two more kernels cost, in keys of a wave: on an H100, where 1,000 keys of
-# 132 tiles of 128 queries take 11 us (FlashAttention-4 4.0.0b36, heads of 128).
-_WAVE, _KERNELS = 700, 2000
+# 132 tiles of 128 queries take 11 us (FlashAttention-4 4.0.0b36, heads of 128). Keys of smaller tiles and heads take
+# less.
+_WAVE, _KERNELS, _MEASURED = 700, 2000, 128 * 128
 _SURE = 0.97  # what is estimated to save less is left alone
 
 
 @cache
-def split_of(queries: int, keys: int, heads: int, processors: int, tile: int) -> tuple[int, int] | None:
+def split_of(
+    queries: int, keys: int, heads: int, processors: int, tile: int, width: int
+) -> tuple[int, int] | None:
     """How many of the first queries run over all keys at once, and over how many parts of the keys the others do.
 
     None: all queries over all keys, which is estimated to be no slower.
@@ -36,29 +39,40 @@ def split_of(queries: int, keys: int, heads: int, processors: int, tile: int) ->
     Args:
         queries, keys, heads: of the call, of one batch entry.
         processors: of the GPU, each of which takes one tile at a time.
-        tile: its queries.
+        tile: its queries. width: numbers of a head.
     """
-    tiles = -(-queries // tile)
+    tiles, cheap = -(-queries // tile), max(1, _MEASURED / (tile * width))
+    wave, kernels = cheap * _WAVE, cheap * _KERNELS
 
     def waves(count: int) -> int:
         return -(-count * heads // processors)
 
-    best, chosen = _SURE * waves(tiles) * (keys + _WAVE), None
+    best, chosen = _SURE * waves(tiles) * (keys + wave), None
     for whole in range(tiles):
         for splits in range(2, MOST_SPLITS + 1):
-            cost = waves(whole) * (keys + _WAVE) + _KERNELS
-            cost += waves((tiles - whole) * splits) * (-(-keys // splits) + _WAVE)
+            cost = waves(whole) * (keys + wave) + kernels
+            cost += waves((tiles - whole) * splits) * (-(-keys // splits) + wave)
             if cost < best:
                 best, chosen = cost, (whole * tile, splits)
     return chosen
 
 
-@cache
 def boundaries(keys: int, splits: int, device: torch.device) -> Tensor:
-    """int32 [splits + 1], where equal parts of the keys begin and end; kept, so that captured calls can read it."""
-    ends = [keys * part // splits for part in range(splits + 1)]
+    """int32 [splits + 1], where equal parts of the keys begin and end; made on the device, without a wait, and kept.
+
+    What is made while a graph is captured belongs to that graph, and is not.
+    """
+    kept = _BOUNDARIES.get((keys, splits, device))
+    if kept is not None:
+        return kept
     with torch.inference_mode(False):
-        return torch.tensor(ends, dtype=torch.int32, device=device)
+        made = torch.arange(splits + 1, dtype=torch.int32, device=device) * keys // splits
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        _BOUNDARIES[keys, splits, device] = made
+    return made
+
+
+_BOUNDARIES: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def join(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
