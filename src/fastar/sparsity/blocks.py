@@ -170,8 +170,8 @@ def choose_blocks(
     """
     least, blocks = max(1, -(-layout.current // block_k)), scores.shape[-1]
     most = block_quota(blocks, density, least, of)
-    quotas = block_quotas(blocks, density, least, scores.device, of)
     if scores.device.type == "cuda":
+        quotas = block_quotas(blocks, density, least, scores.device, of)
         mask, lists = fused.choose_blocks(scores, layout.live, quotas, layout.current, block_k)
         return ChosenBlocks(mask, most, lists)
     starts = torch.arange(scores.shape[-1], device=scores.device) * block_k
@@ -179,7 +179,9 @@ def choose_blocks(
     scores = scores.masked_fill(~exists[:, :, None], -torch.inf).masked_fill(forced, torch.inf)
     ranked = torch.argsort(scores, dim=-1, descending=True, stable=True)
     rank = inverse_order(ranked)
-    quota = quotas[exists.sum(-1)]
+    beside = least if of == "past" else 0  # `block_quota`, of every head
+    quota = ((exists.sum(-1) - beside).clamp(min=0).double() * density + 0.5).floor() + beside
+    quota = quota.clamp(min=least)
     mask = (rank < quota[..., None, None]) & exists[:, :, None]
     return ChosenBlocks(mask, most)
 
