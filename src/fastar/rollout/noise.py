@@ -33,7 +33,7 @@ def chunk_noise(
 class FirstNoise:
     """What chunks start from, which can be drawn before it is asked for, while a GPU is at work.
 
-    A chunk of Wan2.1-1.3B is 300,000 numbers, two milliseconds of a CPU for which the GPU would else wait.
+    A chunk of Wan2.1-1.3B is 300,000 numbers, drawn on the CPU, for which the GPU would else wait.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> None:

@@ -47,7 +47,7 @@ class AnnSA(Selector):
         density: executed / dense pairs to aim for; 1 is dense. None is the letter of the paper: exactly the pairs
             that share a bucket, whatever number of blocks that takes.
         density_of: what it is a share of, `all` pairs, the current chunk's counted, or those with the `past` alone. Of
-            a small cache the chunk is a large part: of 9 frames that a budget of 6 reads, 35 % are all the chunk's.
+            a small cache the chunk is a large part: 3 of the 9 frames that a budget of 6 reads, nearly all of 35 %.
         source: `content` buckets queries and keys themselves; `prompt` takes the tags that cross-attention
             left on them (`SelectRequest.text_tags` and `key_tags`, the paper's prompt-induced buckets).
         match_space: bucket vectors after RoPE (what attention compares) or before it (raw: content alone).
