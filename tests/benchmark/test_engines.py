@@ -97,6 +97,28 @@ def test_a_timing_needs_a_repeat() -> None:
     assert len(cases([0.5, 0.1])) == 6
 
 
+def test_what_is_captured_on_a_cpu() -> None:
+    assert not timed(lambda: None, device=CPU, captured=None).captured
+    with pytest.raises(ValueError, match="on a CUDA device only, not on cpu"):
+        timed(lambda: None, device=CPU, captured=True)
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_host_is_timed_as_it_is() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    x, stream = torch.ones(64, device=device), torch.cuda.current_stream()
+    assert timed(lambda: x * 2, device=device, captured=None).captured
+    found = timed(lambda: float(x.sum()), device=device, captured=None)
+    assert found.median > 0 and not found.captured
+    assert torch.cuda.current_stream() == stream and float(x.sum()) == 64
+    with pytest.raises(RuntimeError):
+        timed(lambda: float(x.sum()), device=device, captured=True)
+    assert torch.cuda.current_stream() == stream
+    assert timed(lambda: x * 2, device=device, captured=True).captured
+
+
 def test_the_command_writes_what_it_prints(
     composed: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

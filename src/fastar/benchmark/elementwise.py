@@ -35,7 +35,7 @@ def timed_kernels(
     Inputs come from memory, where in a pass a kernel finds some of its own in the L2 cache.
     """
     for kernel in kernels:
-        ms = 1e3 * timed(kernel.run, device=device, repeats=repeats).median
+        ms = 1e3 * timed(kernel.run, device=device, repeats=repeats, captured=None).median
         yield {
             "what": kernel.what,
             "calls": kernel.calls,

@@ -68,13 +68,13 @@ def benchmark(
     seed: int = 0,
     kept: bool = True,
     packed_bits: Sequence[int] = (),
-    captured: bool = False,
+    captured: bool | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows engine, kind, keys, density, ms, ms_low, ms_high (quartiles), tflops, of_dense, of_best, error, reason.
+    """Rows engine, kind, keys, density, ms, ms_low and ms_high (quartiles), captured, tflops and so on.
 
-    tflops counts 4 * executed pairs * head_dim * heads; of_dense is its ratio to the same engine's dense call with as
-    many keys, of_best that to the fastest engine's. error is relative to float32, over `CHECKED` queries. An engine
-    that cannot execute a call has a reason and no numbers.
+    Besides of_dense, of_best, error and reason. tflops counts 4 * executed pairs * head_dim * heads; of_dense is its
+    ratio to the same engine's dense call with as many keys, of_best that to the fastest engine's. error is relative to
+    float32, over `CHECKED` queries. An engine that cannot execute a call has a reason and no numbers.
 
     kept: keys are as a rollout keeps them between passes, so that no copy of them is timed: log-counts in the keys, at
     the engine's own width, and keys in the order of the plan. The queries of a plan are put in order in each call.
@@ -84,6 +84,7 @@ def benchmark(
     kernel, not that of rounding to so few bits.
 
     captured: time CUDA graphs of the calls; an engine that waits for the host in them has a reason and no numbers.
+    None: on a GPU, and what waits is timed as it is, the host's part with it; the column `captured` says which.
 
     Raises:
         ValueError: an engine is unknown.
@@ -104,7 +105,7 @@ def benchmark(
 
 class _Timed(NamedTuple):
     repeats: int
-    captured: bool
+    captured: bool | None
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ def _measured(
     density = 1.0 if call.plan is None else float(call.plan.density().mean())
     row: dict[str, Any] = {
         "engine": name, "kind": case.kind, "keys": call.k.shape[2], "density": density,
-        "ms": None, "ms_low": None, "ms_high": None, "tflops": None, "error": None, "reason": reason,
+        "ms": None, "ms_low": None, "ms_high": None, "captured": None, "tflops": None,
+        "error": None, "reason": reason,
     }  # fmt: skip
     if reason is not None:
         return row
@@ -236,6 +238,7 @@ def _measured(
         "ms": 1e3 * time.median,
         "ms_low": 1e3 * time.low,
         "ms_high": 1e3 * time.high,
+        "captured": time.captured,
         "tflops": 4 * pairs * geometry.head_dim / time.median / 1e12,
         "error": distance,
     }
@@ -301,6 +304,7 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
         return named | {"ms": "–", "note": str(row["reason"])}
     return named | {
         "ms": f"{row['ms']:.3g} [{row['ms_low']:.3g}, {row['ms_high']:.3g}]",
+        "captured": "yes" if row["captured"] else "no",
         "TFLOP/s": f"{row['tflops']:.3g}",
         "of ceiling": f"{row['ceiling_share']:.0%}",
         "of own dense": f"{row['of_dense']:.2f}" if row["of_dense"] else "–",

@@ -192,10 +192,7 @@ def _times(call: Callable[[], object], device: torch.device, repeats: int) -> tu
     ms = 1e3 * timed(call, device=device, repeats=repeats).median
     if device.type != "cuda":
         return ms, None
-    graph = torch.cuda.CUDAGraph()  # `timed` has warmed up what is captured
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        call()
-    return ms, 1e3 * timed(graph.replay, device=device, repeats=repeats).median
+    return ms, 1e3 * timed(call, device=device, repeats=repeats, captured=True).median
 
 
 def main() -> None:
