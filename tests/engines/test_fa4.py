@@ -115,9 +115,9 @@ def flash_attn_varlen_func(
 
 
 def _flash_attn_fwd(
-    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, return_lse: bool, out: Tensor
+    q: Tensor, k: Tensor, v: Tensor, *, out: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None, None, None, None]:
-    own, lse = flash_attn_func(q, k, v, softmax_scale=softmax_scale, return_lse=return_lse)
+    own, lse = flash_attn_func(q, k, v, **options)
     assert out.is_contiguous()
     return out.copy_(own), lse, None, None, None
 
@@ -180,7 +180,7 @@ def test_a_last_wave_is_split_over_the_keys(
 ) -> None:
     """In slices of buffers, whose keys are no multiple of the parts; one head has empty slots alone."""
     wanted: list[tuple[int, ...]] = []
-    monkeypatch.setattr(fa4, "split_of", lambda *sizes: wanted.append(sizes) or split)
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes, listed: wanted.append((*sizes, listed)) or split)
     q, k, v = draw.normal(1, 3, 300, 16), draw.normal(1, 3, 200, 16), draw.normal(1, 3, 200, 24)
     k[:, :, 133:], v[:, :, 133:] = torch.nan, torch.nan
     k, v = k[:, :, :133], v[:, :, :133]
@@ -188,16 +188,54 @@ def test_a_last_wave_is_split_over_the_keys(
     out, natural = FA4.run(engines.AttentionCall(q, k, v, log_count, None, lse))
     expected, told = engines.attend(q, k, v, log_count=log_count, engine="reference", return_lse=True)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert wanted == [(300, 133, 3, 132, 192, 32 if biased else 16)] and (natural is not None) == lse
+    assert wanted == [(300, 133, 3, 132, 192, 32 if biased else 16, False)] and (natural is not None) == lse
     if natural is not None:
         torch.testing.assert_close(natural, told, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+@pytest.mark.parametrize("split", [(128, 5), (0, 16), (256, 2)], ids=str)
+def test_lists_of_a_last_wave_are_dealt_out(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, split: tuple[int, int], biased: bool
+) -> None:
+    """Lists of unequal lengths, one of them empty: parts without blocks, too, say nothing."""
+    wanted: list[tuple[int, ...]] = []
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes, listed: wanted.append((*sizes, listed)) or split)
+    q, k, v = draw.normal(1, 3, 300, 112), draw.normal(1, 3, 133, 112), draw.normal(1, 3, 133, 24)
+    plan = draw.plan(1, 3, 300, 133, 128, 16)
+    plan = dataclasses.replace(plan, max_blocks=int(plan.block_mask.sum(-1).max()))
+    log_count = draw.log_count(1, 3, 133) if biased else None
+    for _ in range(2):  # the second time by lists that are kept
+        out, lse = FA4.run(engines.AttentionCall(q, k, v, log_count, plan, True))
+        expected, natural = engines.attend(
+            q, k, v, log_count=log_count, plan=plan, engine="reference", return_lse=True
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        assert lse is not None
+        torch.testing.assert_close(lse, natural, rtol=1e-4, atol=1e-4)
+    width = 128 if biased else 112
+    assert wanted == [(300, plan.max_blocks * 16, 3, 132, 128, width, True)] * 2
+    fewest = plan.dealt_out(split[0] // 128, split[1])[0].min()
+    assert fewest == 0 if split[0] == 0 else fewest < plan.max_blocks
+
+
+def test_plans_of_other_blocks_or_unknown_length_are_not_split(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes, listed: pytest.fail("it was asked for"))
+    q, k, v = draw.normal(1, 3, 300, 112), draw.normal(1, 3, 133, 112), draw.normal(1, 3, 133, 24)
+    for block_q, most in ((64, 9), (128, None)):
+        plan = dataclasses.replace(draw.plan(1, 3, 300, 133, block_q, 16), max_blocks=most)
+        out, _ = FA4.run(engines.AttentionCall(q, k, v, None, plan, False))
+        expected = engines.attend(q, k, v, plan=plan, engine="reference")[0]
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_batches_and_calls_with_gradients_are_not_split(
     draw: Draw, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fa4, "split_of", lambda *sizes: pytest.fail("it was asked for"))
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes, listed: pytest.fail("it was asked for"))
     q, k, v = (draw.normal(batch, 3, length, 16) for length in (300, 133, 133))
     q.requires_grad_(batch == 1)
     out, _ = FA4.run(engines.AttentionCall(q, k, v, None, None, False))

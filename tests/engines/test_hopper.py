@@ -113,9 +113,31 @@ def test_a_last_wave_is_split_over_the_keys(
     out.fill_(torch.nan)
     graph.replay()
     assert torch.equal(out, expected)
-    monkeypatch.setattr(fa4, "split_of", lambda *sizes: None)
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes, listed: None)
     whole = engines.attend(q, k, v, **given)[0]
     assert relative_error(out, whole.float()) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
+def test_lists_of_a_last_wave_are_dealt_out(
+    draw: Draw, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As alone, so in a graph."""
+    usable("fa4")
+    monkeypatch.setattr(fa4, "split_of", lambda *sizes, listed: (1408, 7))
+    q, k, v = (draw.normal(1, 12, length, 128) for length in (1560, 9001, 9001))
+    plan = draw.plan(1, 12, 1560, 9001, 128, 128)
+    plan = dataclasses.replace(plan, max_blocks=int(plan.block_mask.sum(-1).max()))
+    log_count = draw.log_count(1, 12, 9001) if biased else None
+    assert check("fa4", q, k, v, lse=True, log_count=log_count, plan=plan).any()
+    given = {"engine": "fa4", "log_count": log_count, "plan": plan}
+    expected = engines.attend(q, k, v, **given)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = engines.attend(q, k, v, **given)[0]
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])

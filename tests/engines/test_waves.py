@@ -28,6 +28,16 @@ def test_what_fills_its_waves_or_has_few_keys_is_left_alone() -> None:
     assert split_of(60 * TILE, 131_040, 11, H100, TILE, WIDTH) is None, "five waves"
 
 
+def test_parts_of_lists_fit_into_one_wave() -> None:
+    """Of four tiles of 12 heads, two parts do; over few blocks they are not worth their kernels."""
+    for keys in (64 * 128, 90 * 128, 256 * 128):
+        assert split_of(4_680, keys, 12, H100, TILE, WIDTH, listed=True) == (33 * TILE, 2)
+        assert (split_of(4_680, keys, 12, H100, TILE, WIDTH) or (0, 0))[1] > 2
+    assert split_of(4_680, 32 * 128, 12, H100, TILE, WIDTH, listed=True) is None
+    assert split_of(40 * TILE, 32_768, 12, H100, TILE, WIDTH) is not None
+    assert split_of(40 * TILE, 32_768, 12, H100, TILE, WIDTH, listed=True) is None, "7 tiles of 12 heads, twice"
+
+
 def test_a_few_queries_are_split_altogether() -> None:
     whole, splits = split_of(192, 9_216, 2, H100, TILE, WIDTH) or (None, 0)
     assert whole == 0 and splits == MOST_SPLITS

@@ -4,8 +4,8 @@ Log-counts go through the augmented head, 144 coordinates for heads of 128; valu
 handed over as lists on the device, so that nothing waits for the host and a call can be captured in a CUDA graph once
 one like it has compiled (2 to 3 s for each class of widths, block sizes and options; lengths are free).
 
-Dense calls of one sequence whose last wave of query tiles would leave processors idle are split over the keys there
-(`fastar.engines.waves`).
+Calls of one sequence whose last wave of query tiles would leave processors idle are split over the keys there
+(`fastar.engines.waves`), block plans of a known length over their lists.
 
 Tensors go in as they lie, [B, H, L, D] seen as [B, L, H, D]: any strides that are multiples of 16 bytes do, the last
 one being 1. Slices of a larger buffer of slots are thus read in place. Only what a plan orders is copied.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from fastar.engines.registry import AttentionCall, Engine
 from fastar.engines.rows import gathered, scattered
 from fastar.engines.unbiased import augmented, live_queries, silence, unfit_for_hopper_kernels, unfit_widths
 from fastar.engines.waves import boundaries, join, split_of
+
+if TYPE_CHECKING:
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
 _KEY_MULTIPLE = 16  # columns of a tensor-core step: anything else is padded to it inside the kernel
 _BLOCK_Q = 64  # rows of one warp group: query tiles are multiples
@@ -42,45 +46,56 @@ def _run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 def _dense(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    split = _split_of(call)
-    if split is not None:
-        return _in_waves(call, *split)
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    out, lse = flash_attn_func(q, k, v, softmax_scale=call.scale, return_lse=call.return_lse)
-    return out.transpose(1, 2), lse
+    keys, split = k.shape[1], _split_of(call, k.shape[1], listed=False)
+    if split is None:
+        out, lse = flash_attn_func(q, k, v, softmax_scale=call.scale, return_lse=call.return_lse)
+        return out.transpose(1, 2), lse
+    whole, splits = split
+    parts = flash_attn_varlen_func(
+        q[:, whole:].expand(splits, -1, -1, -1), k[0], v[0], cu_seqlens_k=boundaries(keys, splits, q.device),
+        max_seqlen_k=-(-keys // splits), softmax_scale=call.scale, return_lse=True,
+    )  # fmt: skip
+    return _joined(call, q[:, :whole], k, v, None, *parts)
 
 
-def _split_of(call: AttentionCall) -> tuple[int, int] | None:
-    """How the last queries of a call are split over the keys (`fastar.engines.waves`), if they are."""
+def _split_of(call: AttentionCall, keys: int, *, listed: bool) -> tuple[int, int] | None:
+    """How the last queries of a call are split over the keys that each reads (`fastar.engines.waves`), if they are."""
     batch, heads, queries, width = call.q.shape
     if batch > 1:
         return None  # parts of the keys are read as sequences of their own; those of two videos lie apart
     if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
         return None  # what is joined has no gradients
     tile = _NARROW_TILE if width <= _NARROW else _TILE
-    return split_of(queries, call.k.shape[2], heads, _processors(call.q.device), tile, width)
+    return split_of(queries, keys, heads, _processors(call.q.device), tile, width, listed=listed)
 
 
-def _in_waves(call: AttentionCall, whole: int, splits: int) -> tuple[Tensor, Tensor | None]:
-    """The first `whole` queries over all keys, the others over each of `splits` parts of them (see `waves`)."""
-    from flash_attn.cute import flash_attn_varlen_func
+def _joined(
+    call: AttentionCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockSparseTensorsTorch | None,
+    parts: Tensor,
+    part_lse: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """The call's result, its last queries' from attention over parts of what they read.
+
+    The first ones, q [1, n, H, D], are attended here, over the blocks in `lists` or, if that is None, over all keys.
+    """
     from flash_attn.cute.interface import _flash_attn_fwd  # the public one cannot write into a larger output
 
-    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    heads, queries, keys, width = q.shape[2], q.shape[1], k.shape[1], v.shape[3]
-    out, lse = q.new_empty(1, queries, heads, width), q.new_empty(1, heads, queries, dtype=torch.float32)
+    heads, queries, whole = *call.q.shape[1:3], q.shape[1]
+    out, lse = parts.new_empty(1, queries, heads, parts.shape[3]), part_lse.new_empty(1, heads, queries)
     if whole:
         own = _flash_attn_fwd(
-            q[:, :whole], k, v, softmax_scale=call.scale, return_lse=call.return_lse, out=out[:, :whole]
-        )[1]
+            q, k, v, softmax_scale=call.scale, block_sparse_tensors=lists, return_lse=call.return_lse,
+            out=out[:, :whole],
+        )[1]  # fmt: skip
         if own is not None:
             lse[..., :whole] = own
-    parts, part_lse = flash_attn_varlen_func(
-        q[:, whole:].expand(splits, -1, -1, -1), k[0], v[0], cu_seqlens_k=boundaries(keys, splits, q.device),
-        max_seqlen_k=-(-keys // splits), softmax_scale=call.scale, return_lse=True,
-    )  # fmt: skip
     out = out.transpose(1, 2)
     join(parts, part_lse, out[0, :, whole:], lse[0, :, whole:])
     return out, lse if call.return_lse else None
@@ -104,28 +119,55 @@ def _ragged(call: AttentionCall, lengths: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _sparse(call: AttentionCall, plan: BlockPlan, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    q = gathered(call.q, plan.query_order).transpose(1, 2)
+    k, v = (gathered(x, plan.key_order).transpose(1, 2) for x in (call.k, call.v))
+    out, lse = silence(*_over_lists(call, plan, q, k, v), live)
+    if lse is not None and plan.query_order is not None:
+        lse = torch.empty_like(lse).scatter_(2, plan.query_order, lse)
+    return scattered(out, plan.query_order), lse
+
+
+def _over_lists(
+    call: AttentionCall, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of q over k and v [B, L, H, D], in the plan's order: [B, H, Lq, D], and lse."""
     from flash_attn.cute import flash_attn_func
+
+    (counts, indices), none, split = plan.listed(), plan.no_blocks, None
+    if plan.block_q == _TILE and q.shape[3] > _NARROW and plan.max_blocks is not None:
+        split = _split_of(call, plan.max_blocks * plan.block_k, listed=True)
+    if split is None:
+        out, lse = flash_attn_func(
+            q, k, v, softmax_scale=call.scale, block_sparse_tensors=_lists(plan, counts, indices, none),
+            return_lse=call.return_lse,
+        )  # fmt: skip
+        return out.transpose(1, 2), lse
+    whole, splits = split
+    blocks = whole // plan.block_q
+    dealt = _lists(plan, *plan.dealt_out(blocks, splits), none[:, :, blocks:].expand(splits, -1, -1))
+    parts = flash_attn_func(
+        *(x.expand(splits, -1, -1, -1) for x in (q[:, whole:], k, v)),
+        softmax_scale=call.scale, block_sparse_tensors=dealt, return_lse=True,
+    )  # fmt: skip
+    first = _lists(plan, *(x[:, :, :blocks] for x in (counts, indices, none)))
+    return _joined(call, q[:, :whole], k, v, first, *parts)
+
+
+def _lists(plan: BlockPlan, counts: Tensor, indices: Tensor, none: Tensor) -> BlockSparseTensorsTorch:
+    """Blocks that are read, as the kernel takes them; `none`: zeros of the shape of `counts`.
+
+    Those to be read whole are "full" ones. The list of masked ones is empty, but the Hopper kernel does not compile
+    without it. Keys past the last are masked in the first block it reads, which is the last of an ascending list.
+    """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    (counts, indices), (none, nowhere) = plan.listed(), plan.empty_lists
-    # Blocks to be read whole are "full" ones. The list of masked ones is empty, but the Hopper kernel does not compile
-    # without it. Keys past the last are masked in the first block it reads, which is the last of an ascending list.
-    lists = BlockSparseTensorsTorch(
+    return BlockSparseTensorsTorch(
         mask_block_cnt=none,
-        mask_block_idx=nowhere,
+        mask_block_idx=none[..., None],
         full_block_cnt=counts,
         full_block_idx=indices,
         block_size=(plan.block_q, plan.block_k),
     )
-    q = gathered(call.q, plan.query_order).transpose(1, 2)
-    k, v = (gathered(x, plan.key_order).transpose(1, 2) for x in (call.k, call.v))
-    out, lse = flash_attn_func(
-        q, k, v, softmax_scale=call.scale, block_sparse_tensors=lists, return_lse=call.return_lse
-    )  # fmt: skip
-    out, lse = silence(out.transpose(1, 2), lse, live)
-    if lse is not None and plan.query_order is not None:
-        lse = torch.empty_like(lse).scatter_(2, plan.query_order, lse)
-    return scattered(out, plan.query_order), lse
 
 
 def _limits(call: AttentionCall) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 WILDCARD = -1
 """Tag of a token that is in every bucket: it reads, and is read by, tokens of any tag."""
@@ -113,10 +114,30 @@ class BlockPlan:
         return counts, ordered.to(torch.int32)
 
     @cached_property
-    def empty_lists(self) -> tuple[Tensor, Tensor]:
-        """Lists like `listed` of no blocks at all: counts [B, H, query blocks] and an index that is not read."""
-        counts = torch.zeros(self.block_mask.shape[:3], dtype=torch.int32, device=self.block_mask.device)
-        return counts, counts[..., None]
+    def no_blocks(self) -> Tensor:
+        """Counts like those of `listed`, all zero."""
+        return torch.zeros(self.block_mask.shape[:3], dtype=torch.int32, device=self.block_mask.device)
+
+    def dealt_out(self, first: int, parts: int) -> tuple[Tensor, Tensor]:
+        """`listed` of the query blocks from `first` on, each list dealt out to `parts` shorter ones, for B = 1.
+
+        Returns:
+            int32 counts [parts, H, query blocks - first] and blocks [parts, H, query blocks - first, any], ascending.
+        """
+        if (first, parts) not in self._dealt:
+            counts, indices = (x[0, :, first:] for x in self.listed())
+            most = indices.shape[2] if self.max_blocks is None else min(self.max_blocks, indices.shape[2])
+            part = torch.arange(parts, dtype=torch.int32, device=counts.device)[:, None, None]
+            dealt = pad(indices[..., :most], (0, -most % parts)).unflatten(2, (-1, parts))
+            self._dealt[first, parts] = (
+                (counts + (parts - 1) - part) // parts,
+                dealt.permute(3, 0, 1, 2).contiguous(),
+            )
+        return self._dealt[first, parts]
+
+    @cached_property
+    def _dealt(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        return {}
 
     @cached_property
     def on_ordered_keys(self) -> BlockPlan:

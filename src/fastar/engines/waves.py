@@ -30,7 +30,7 @@ _SURE = 0.97  # what is estimated to save less is left alone
 
 @cache
 def split_of(
-    queries: int, keys: int, heads: int, processors: int, tile: int, width: int
+    queries: int, keys: int, heads: int, processors: int, tile: int, width: int, *, listed: bool = False
 ) -> tuple[int, int] | None:
     """How many of the first queries run over all keys at once, and over how many parts of the keys the others do.
 
@@ -40,6 +40,8 @@ def split_of(
         queries, keys, heads: of the call, of one batch entry.
         processors: of the GPU, each of which takes one tile at a time.
         tile: its queries. width: numbers of a head.
+        listed: keys are those of blocks in lists, whose parts are to fit into one wave: in more, each of which reads
+            blocks of its own, they are slower than estimated.
     """
     tiles, cheap = -(-queries // tile), max(1, _MEASURED / (tile * width))
     wave, kernels = cheap * _WAVE, cheap * _KERNELS
@@ -48,10 +50,12 @@ def split_of(
         return -(-count * heads // processors)
 
     best, chosen = _SURE * waves(tiles) * (keys + wave), None
-    for whole in range(tiles):
+    for whole in reversed(range(tiles)):  # of two that cost the same that which leaves less to join
         for splits in range(2, MOST_SPLITS + 1):
-            cost = waves(whole) * (keys + wave) + kernels
-            cost += waves((tiles - whole) * splits) * (-(-keys // splits) + wave)
+            last = waves((tiles - whole) * splits)
+            if listed and last > 1:
+                break
+            cost = waves(whole) * (keys + wave) + kernels + last * (-(-keys // splits) + wave)
             if cost < best:
                 best, chosen = cost, (whole * tile, splits)
     return chosen
