@@ -71,7 +71,11 @@ def engines() -> None:
         line[f"{row['keys']:,} keys: TFLOP/s"] = f"{row['tflops']:.0f}{own}"
     order = ["fa4", "flashinfer", "cudnn", "sdpa", "packed int8", "packed int4"]
     ordered = sorted(lines.values(), key=lambda line: order.index(line["engine"]))
-    note = "4,680 queries, 12 heads of 128; in brackets the share of the same engine's dense rate. "
+    launched = sorted({row["engine"] for row in rows_of("engines") if row["captured"] is False})
+    note = (
+        "4,680 queries, 12 heads of 128; in brackets the share of the same engine's dense rate. Timed as CUDA graphs"
+        f"{' but for ' + ', '.join(launched) if launched else ''}. "
+    )
     write("engines", ordered, note + made_on("engines") + ".")
 
 
@@ -260,7 +264,7 @@ def commits() -> None:
             | {("all, captured" if step == "graph" else step): f"{row[step]:.1f}" for step in steps}
         )
     note = "ms for 30 layers; contents are stand-ins (slowly changing tokens), for timing alone. "
-    write("commit", lines, note + made_on("decode") + ".")  # the same day and machine
+    write("commit", lines, note + made_on("rollout_packed") + ".")  # the same day and machine
 
 
 def loops() -> None:

@@ -1,13 +1,14 @@
 """What `auto` means: the first engine, in the order of measured speed, that fits the machine and the calls to come.
 
 Measured on one H100 80GB HBM3 (torch 2.11.0+cu130, FlashAttention-4 4.0.0b36, FlashInfer 0.6.13, cuDNN of that torch),
-bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131,040 keys, medians of 7, 2026-11-27:
+bfloat16, 12 heads of 128, 4,680 queries, TFLOP/s at 32,760 and 131,040 keys, medians of 7, as CUDA graphs (FlashInfer
+is not), 2026-11-27:
 
     engine       dense       log-counted   block-sparse, density 0.25
-    fa4          741  757    697  707      582  556
+    fa4          751  768    692  707      616  662
     flashinfer   637  597    569  513      -
-    cudnn        545  536    454  462      -
-    sdpa         315  311
+    cudnn        550  543    457  450      -
+    sdpa         317  313
 
 One engine serves all calls of a rollout but those over few keys, a prompt's, so that methods of one comparison differ
 in nothing else. FlashAttention-4 comes first: the fastest of all, its last wave of tiles being split over the keys

@@ -5,9 +5,9 @@ heads) is 444 tiles of 128, on an H100's 132 processors 3.4 waves' work in the t
 run as they are, and those that are left over as several shorter ones, each over a part of the keys, which are joined by
 their log-sum-exps: flash decoding's split of the keys, for what does not fill a wave alone.
 
-One H100, FlashAttention-4, 2026-11-27: dense calls of such a chunk run at 741 to 744 TFLOP/s over 32,760 keys and at
-732 to 757 over 131,040, whole at 657 to 664 and 673. The lists of block plans, dealt out in the same way, gained
-nothing in a rollout of 18 frames (290 ms a chunk for 289): they stay whole (analysis/results/speed/dealt_lists.json).
+One H100, FlashAttention-4, 2026-11-27: dense calls of such a chunk run at 741 to 751 TFLOP/s over 32,760 keys and at
+732 to 768 over 131,040, whole at 657 to 664 and 673. The lists of block plans are dealt out in the same way: a quarter
+of 32,760 keys takes 0.39 ms for 0.41, of 131,040 1.44 for 1.57 (`scripts/dealt_lists.py`).
 """
 
 from __future__ import annotations
