@@ -1,7 +1,7 @@
 """The engine benchmark: what its rows count, and that its errors would show a wrong engine."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,3 +139,17 @@ def test_the_command_writes_what_it_prints(
         run(composed("benchmark", *overrides, "engines=[fast]"))
     with pytest.raises(ValueError, match="unknown dtype 'float8': choose one of"):
         run(composed("benchmark", *overrides, "dtype=float8"))
+
+
+def test_rows_stay_when_a_later_one_ends_the_command(
+    composed: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(*args: object, **options: object) -> Iterator[dict]:
+        yield {"engine": "sdpa", "tflops": 2.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastar.benchmark.engines.benchmark", ends)
+    with pytest.raises(KeyboardInterrupt):
+        run(composed("benchmark", "matmul_size=64", "device=cpu", "dtype=float32", f"output={tmp_path}"))
+    (row,) = json.loads((tmp_path / "engines.json").read_text())["rows"]
+    assert row["engine"] == "sdpa" and row["ceiling_share"] > 0

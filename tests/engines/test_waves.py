@@ -35,7 +35,9 @@ def test_parts_of_lists_fit_into_one_wave() -> None:
         assert (split_of(4_680, keys, 12, H100, TILE, WIDTH) or (0, 0))[1] > 2
     assert split_of(4_680, 32 * 128, 12, H100, TILE, WIDTH, listed=True) is None
     assert split_of(40 * TILE, 32_768, 12, H100, TILE, WIDTH) is not None
-    assert split_of(40 * TILE, 32_768, 12, H100, TILE, WIDTH, listed=True) is None, "7 tiles of 12 heads, twice"
+    assert split_of(40 * TILE, 32_768, 12, H100, TILE, WIDTH, listed=True) is None, (
+        "7 tiles of 12 heads, twice"
+    )
 
 
 def test_a_few_queries_are_split_altogether() -> None:

@@ -280,15 +280,14 @@ def run_engines(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
         f"products of {config.matmul_size} x {config.matmul_size} matrices run at {peak:.3g} TFLOP/s, the ceiling. "
         f"{geometry}",
     )
-    rows = list(
-        benchmark(
-            names, list(config.keys_per_call), list(config.densities), geometry,
-            device=page.device, dtype=page.dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
-            packed_bits=list(config.packed_bits), captured=config.captured,
-        )
-    )  # fmt: skip
-    for row in rows:
-        row["ceiling_share"] = None if row["tflops"] is None else row["tflops"] / peak
+    rows: Rows = []
+    for row in benchmark(
+        names, list(config.keys_per_call), list(config.densities), geometry,
+        device=page.device, dtype=page.dtype, repeats=config.repeats, seed=config.seed, kept=config.kept,
+        packed_bits=list(config.packed_bits), captured=config.captured,
+    ):  # fmt: skip
+        rows.append(row | {"ceiling_share": None if row["tflops"] is None else row["tflops"] / peak})
+        page.keep(rows, {})
     page.show([_text(row) for row in rows], "attention engines: median of the repeats")
     return rows, {}
 
