@@ -58,6 +58,21 @@ def test_an_engine_that_ignores_an_argument_shows(ignored: str, monkeypatch: pyt
         assert (row["error"] > 0.05) == (touched in row["kind"]), row["kind"]
 
 
+def test_an_engine_that_errs_in_its_last_queries_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(call: engines.AttentionCall) -> tuple[torch.Tensor, None]:
+        out = engines.attend(
+            call.q, call.k, call.v, log_count=call.log_count, plan=call.plan, engine="reference"
+        )[0]
+        last = slice(-1, None) if call.plan is None else call.plan.query_index[0, 0, -1:]
+        out[:, 0, last] *= 2
+        return out, None
+
+    original, wrong = engines.get, engines.Engine(name="wrong", run=careless)
+    monkeypatch.setattr("fastar.engines.get", lambda name: wrong if name == "wrong" else original(name))
+    monkeypatch.setattr("fastar.engines.resolve", lambda name, *_: name)
+    assert min(row["error"] for row in rows(["wrong"], kept=False)) > 0.05
+
+
 def test_an_engine_that_takes_the_scale_of_the_wider_head_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-counts inside the keys: they come with the scale of the true head dim."""
 

@@ -23,7 +23,7 @@ from fastar.engines.augmented import augment_keys, augment_queries
 from fastar.engines.packed import Packed, attend_packed
 from fastar.engines.plan import BlockPlan
 
-CHECKED = 128  # queries whose output is held against the reference engine
+CHECKED = 128  # queries at either end whose output is held against the reference engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def benchmark(
 
     Besides of_dense, of_best, error and reason. tflops counts 4 * executed pairs * head_dim * heads; of_dense is its
     ratio to the same engine's dense call with as many keys, of_best that to the fastest engine's. error is relative to
-    float32, over `CHECKED` queries. An engine that cannot execute a call has a reason and no numbers.
+    float32, over `CHECKED` first and last queries. An engine that cannot execute a call has a reason and no numbers.
 
     kept: keys are as a rollout keeps them between passes, so that no copy of them is timed: log-counts in the keys, at
     the engine's own width, and keys in the order of the plan. The queries of a plan are put in order in each call.
@@ -245,14 +245,25 @@ def _measured(
 
 
 def _error(call: _Call, out: Tensor, block_q: int) -> float:
-    """Relative error of `out` for the first queries, in plan order, to the reference engine."""
-    checked = min(CHECKED, block_q, call.q.shape[2])
-    plan, log_count = call.plan, call.log_count
-    k, v = call.k, call.v
-    rows = torch.arange(checked, device=k.device).expand(*k.shape[:2], checked)
+    """Relative error of `out` for the first and the last queries, in plan order, to the reference engine.
+
+    The last ones are those that an engine may compute in another way (`fastar.engines.waves`).
+    """
+    queries = call.q.shape[2]
+    last = (queries - 1) // block_q
+    pairs = [_checked(call, out, block, block * block_q, block_q) for block in sorted({0, last})]
+    found, expected = (torch.cat(side, dim=2) for side in zip(*pairs, strict=True))
+    return float((found - expected).norm() / expected.norm())
+
+
+def _checked(call: _Call, out: Tensor, block: int, start: int, block_q: int) -> tuple[Tensor, Tensor]:
+    """What the queries of a block, at most `CHECKED`, have and should have, float32 [B, H, queries, D]."""
+    stop = min(start + min(CHECKED, block_q), call.q.shape[2])
+    plan, log_count, k, v = call.plan, call.log_count, call.k, call.v
+    rows = torch.arange(start, stop, device=k.device).expand(*k.shape[:2], stop - start)
     if plan is not None:
-        rows = plan.query_index[..., :checked]
-        read = plan.block_mask[:, :, 0].repeat_interleave(plan.block_k, -1)[..., : plan.num_keys]
+        rows = plan.query_index[..., start:stop]
+        read = plan.block_mask[:, :, block].repeat_interleave(plan.block_k, -1)[..., : plan.num_keys]
         k, v = (x.gather(2, plan.key_index[..., None].expand(x.shape)) for x in (k, v))
         counts = torch.zeros_like(read, dtype=torch.float32) if log_count is None else log_count
         log_count = counts.gather(2, plan.key_index).masked_fill(~read, -torch.inf)
@@ -260,8 +271,7 @@ def _error(call: _Call, out: Tensor, block_q: int) -> float:
     expected, _ = engines.attend(
         call.q.gather(2, rows).float(), k.float(), v.float(), log_count=log_count, engine="reference"
     )
-    found = out.gather(2, rows).float()
-    return float((found - expected).norm() / expected.norm())
+    return out.gather(2, rows).float(), expected
 
 
 def run_engines(config: DictConfig, page: Page) -> tuple[Rows, dict[str, Rows]]:
