@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fastar.benchmark.engines import Geometry, benchmark
+from fastar.benchmark.attention_calls import Geometry
+from fastar.benchmark.engines import benchmark
 from fastar.engines import fa4, waves
 from fastar.results.files import write_json
 

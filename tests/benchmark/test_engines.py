@@ -9,8 +9,9 @@ import torch
 from omegaconf import DictConfig
 
 from fastar import engines
+from fastar.benchmark.attention_calls import Geometry, cases
 from fastar.benchmark.command import run
-from fastar.benchmark.engines import Geometry, benchmark, cases
+from fastar.benchmark.engines import benchmark
 from fastar.benchmark.timing import timed
 
 SMALL = Geometry(batch=1, heads=2, head_dim=16, queries=64, block_q=16, block_k=32)
