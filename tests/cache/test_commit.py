@@ -12,8 +12,8 @@ from torch import Tensor
 from fastar import ann, cache
 from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.cache import CacheSpec, Staged
-from fastar.cache.change import Change, Edit, Joined, Scratch
-from fastar.cache.policy import Prepared, SlotPolicy
+from fastar.cache.change import Change, Edit, Joined, Prepared, Scratch
+from fastar.cache.policy import SlotPolicy
 from fastar.cache.slots import Slots
 from fastar.sparsity import AnnSA, Selector
 from tests.dispatch import Watched

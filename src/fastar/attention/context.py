@@ -6,6 +6,7 @@ whether its keys are to be kept; an `Attend` is what the backbone calls for ever
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Protocol
@@ -52,6 +53,13 @@ class PassContext:
     def parts(self) -> tuple[PassContext, ...]:
         """The chunks in flight, or the pass itself if it is of one chunk."""
         return self.chunks or (self,)
+
+    def parts_in_tokens(self, tokens: int) -> Iterator[tuple[PassContext, slice, int]]:
+        """The parts, with `tokens` a frame: which queries are theirs, and how many of the pass's keys they see."""
+        for part in self.parts:
+            start = (part.first_frame - self.first_frame) * tokens
+            seen = (part.visible[1] - self.first_frame) * tokens
+            yield part, slice(start, start + part.num_frames * tokens), seen
 
     @property
     def pass_frames(self) -> tuple[int, int]:

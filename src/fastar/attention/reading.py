@@ -41,7 +41,7 @@ def reading_of(
     """How a rollout reads `cache`, which is bound.
 
     Args:
-        cache: what it asks for is `SlotPolicy.read_slots`.
+        cache: what it asks for is `SlotCache.read_slots`.
         selector: of its self-attention. Plans put keys in an order, which is done to a copy with as many keys a head.
         engine: resolved name.
         device, dtype: that attention is computed on and in.

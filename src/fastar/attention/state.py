@@ -16,17 +16,14 @@ from fastar import engines
 from fastar.attention.actions import ActionStreams
 from fastar.attention.context import PassContext, Stream
 from fastar.attention.events import AttendEvent, Recorder
-from fastar.attention.packed import PackedKeys
-from fastar.attention.place import Placement
 from fastar.attention.places import PlaceMemory, Places
 from fastar.attention.reading import reading_of
-from fastar.attention.request import request_of
-from fastar.attention.rope import RotaryEmbedding, grid_positions
+from fastar.attention.rope import RotaryEmbedding
+from fastar.attention.self_stream import SelfStream
 from fastar.attention.tags import PromptTags, tags_for
 from fastar.attention.text import Selection, TextStream
-from fastar.attention.working import OrderedKeys, WorkingKeys, WorkingMemory
-from fastar.cache.base import CachePolicy, CacheSpec, Execute, Staged, at_once
-from fastar.engines.plan import BlockPlan
+from fastar.attention.working import WorkingMemory
+from fastar.cache.base import CachePolicy, CacheSpec, Execute, at_once
 from fastar.sparsity import CrossSelector, Selector
 from fastar.sparsity.base import Scheduled
 
@@ -102,6 +99,10 @@ class AttentionState:
             )
         self.reading = reading_of(self.cache, self_selector, self.engine, device, compute_dtype)
         self._memory = WorkingMemory(cache, key_width, packed=self.reading.packed, ragged=self.reading.ragged)
+        self.self_stream = SelfStream(
+            cache=cache, memory=self._memory, selector=self_selector, engine=self.engine, tags=self.tags, rope=rope,
+            grid=grid, device=device,
+        )  # fmt: skip
 
     def begin_pass(self, context: PassContext) -> None:
         """Announce the pass whose attention calls follow."""
@@ -193,9 +194,10 @@ class AttentionState:
         """The backbone's one call: q, k, v [B, H, L, D] before RoPE -> [B, H, Lq, D]."""
         context = self._require_context()
         if stream == "self":
-            return self._attend_self(layer, q, k, v)
+            tell = self._tell if self.recorders else None
+            return self.self_stream.attend(layer, context, self._require_places(), q, k, v, tell)
         if stream == "text":
-            return self._attend_text(layer, q, k, v)
+            return self._attend_text(layer, context, q, k, v)
         if stream in ("mouse", "keyboard"):
             if self.actions is None:
                 raise RuntimeError(f"the {stream} stream needs a state with actions: see start_rollout")
@@ -216,18 +218,11 @@ class AttentionState:
 
         Nothing is staged and no recorder sees it. Call it between passes of this state.
         """
-        context, current = event.context, event.current_keys
-        k, v = event.k[:, :, -current:], event.v[:, :, -current:]
-        self.begin_pass(context)  # for its positions
+        self.begin_pass(event.context)  # for its positions
         try:
-            working = self._fill(event.layer, k, v)
-            plan = self._plan(event.layer, context, event.q, working)
+            return self.self_stream.replay(event, self._require_places())
         finally:
             self.context = None
-        out = working.attend(event.q, plan, self.engine)
-        return AttendEvent(
-            "self", event.layer, context, event.q, *working.seen(), plan, out, candidates=working.total
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """The cache, what selectors remember and the past of actions; bit for bit."""
@@ -249,112 +244,9 @@ class AttentionState:
             self.actions.load_state_dict(saved["actions"], self.device)
         self.forget_working_copies()
 
-    def _attend_self(self, layer: int, q_raw: Tensor, k_raw: Tensor, v: Tensor) -> Tensor:
-        context = self._require_context()
-        working = self._memory.of(layer, k_raw)
-        current_k, current_v = working.current
-        q = q_raw.new_empty(*q_raw.shape[:3], current_k.shape[3])
-        ordered = self._standing(layer, context, working)
-        # where nobody else looks at them, current tokens are put straight into the order of the plan
-        straight = ordered is not None and not context.commits and not self.recorders
-        targets, q_order = (current_k, current_v), None
-        if ordered is not None and straight:
-            targets, q_order = ordered.current, ordered.plan.query_order
-        Placement(q_raw, k_raw, v, self._require_places().turns, q, *targets, q_order=q_order).run()
-        if context.commits:
-            places, width = self._require_places(), working.head_dim
-            staged = Staged(
-                q_raw=q_raw, k_raw=k_raw, k=current_k[..., :width], v=current_v, positions=places.positions,
-                q=q[..., :width],
-            )  # fmt: skip
-            self.cache.stage(layer, staged)
-        if ordered is not None and straight:
-            return ordered.attend(q, self.engine, q_in_order=q_order is not None)
-        if ordered is not None:
-            for target, current in zip(ordered.current, (current_k, current_v), strict=True):
-                target.copy_(current)
-            return self._execute_self(layer, context, q, working, ordered.plan, ordered)
+    def _attend_text(self, layer: int, context: PassContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
-        for part, rows, keys in self._parts(context):
-            own, seen, raw = q[:, :, rows], working.until(keys), (q_raw[:, :, rows], k_raw[:, :, :keys])
-            plan = self._plan(layer, part, own[..., : seen.head_dim], seen, raw)
-            if plan is not None and self.self_selector.keeps_plans and not context.chunks:
-                assert isinstance(seen, WorkingKeys)
-                ordered = self._memory.ordered(layer, seen, plan)
-            outs.append(self._execute_self(layer, part, own, seen, plan, ordered))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-
-    def _standing(
-        self, layer: int, context: PassContext, working: WorkingKeys | PackedKeys
-    ) -> OrderedKeys | None:
-        """The past in the order of a plan that was made in an earlier pass, if there is one that this pass goes by."""
-        if context.chunks or isinstance(working, PackedKeys):
-            return None
-        total = working.total
-        plan = self.self_selector.standing(layer, context, total - working.cached, total)
-        return None if plan is None else self._memory.ordered(layer, working, plan)
-
-    def _execute_self(
-        self,
-        layer: int,
-        context: PassContext,
-        q: Tensor,
-        keys: WorkingKeys | PackedKeys,
-        plan: BlockPlan | None,
-        ordered: OrderedKeys | None = None,
-    ) -> Tensor:
-        """Attention of q [B, H, L, W] over working keys of that width, read where they are `ordered`, if given."""
-        out = keys.attend(q, plan, self.engine) if ordered is None else ordered.attend(q, self.engine)
-        if self.recorders:  # whose keys may have to be unpacked
-            own, total = q[..., : keys.head_dim], keys.total
-            self._tell(AttendEvent("self", layer, context, own, *keys.seen(), plan, out, candidates=total))
-        return out
-
-    def _parts(self, context: PassContext) -> Iterator[tuple[PassContext, slice, int]]:
-        """The chunks of a pass: which queries are theirs, and how many of the pass's keys they see."""
-        tokens = self.grid[0] * self.grid[1]
-        for part in context.parts:
-            start = (part.first_frame - context.first_frame) * tokens
-            seen = (part.visible[1] - context.first_frame) * tokens
-            yield part, slice(start, start + part.num_frames * tokens), seen
-
-    def _fill(self, layer: int, k: Tensor, v: Tensor) -> WorkingKeys | PackedKeys:
-        """The past, with roped keys and values [B, H, L, D] of the current tokens."""
-        working = self._memory.of(layer, k)
-        current_k, current_v = working.current
-        current_k[..., : k.shape[3]] = k
-        current_v[:] = v
-        return working
-
-    def _plan(
-        self,
-        layer: int,
-        context: PassContext,
-        q: Tensor,
-        working: WorkingKeys | PackedKeys,
-        raw: tuple[Tensor, Tensor] | None = None,
-    ) -> BlockPlan | None:
-        """The pairs to compute of a chunk's queries. `raw`: its queries and the current keys before RoPE, or undone."""
-        if self.self_selector.is_dense(layer, context):
-            return None
-        assert isinstance(working, WorkingKeys)  # `reading_of` has seen to that
-        if raw is None:
-            first, stop = context.visible
-            own = (first, stop - first) == (context.first_frame, context.num_frames)
-            here = self._require_places().positions
-            places = here if own else grid_positions(first, stop - first, self.grid, self.device)
-            current = working.own_keys[:, :, working.cached :]
-            raw = (self.rope.unrotate(q, here), self.rope.unrotate(current, places))
-        tags = (None, None) if self.tags is None else self.tags.of(layer, context, working.origins)
-        request = request_of(
-            layer, context, q, *raw, working,
-            rope=self.rope if self.self_selector.match_space == "raw" else None, tags=tags,
-        )  # fmt: skip
-        return self.self_selector.plan(request)
-
-    def _attend_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        outs = []
-        for part, rows, _ in self._parts(self._require_context()):
+        for part, rows, _ in context.parts_in_tokens(self.grid[0] * self.grid[1]):
             own = q[:, :, rows]
             short_k, short_v, log_count, selection = self.text.prepare(layer, part, own, k, v)
             outs.append(

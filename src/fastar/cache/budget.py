@@ -62,7 +62,7 @@ class BudgetedPolicy(SlotPolicy):
 
     Args:
         budget_share, budget_frames, budget_bytes, history_frames: see `Budget`.
-        slots: slot_bits, storage, quant_group, read_slots: see `SlotPolicy`.
+        slots: slot_bits, storage, quant_group, read_slots: see `SlotCache`.
     """
 
     def __init__(

@@ -202,6 +202,11 @@ class Edit:
         Slots({name: buffer[name] for name in self._new.fields}).write(self.size - self._new.size, self._new)
 
 
+Prepared = list[tuple[Slots | Edit, dict[str, Tensor]]]
+"""By layer, or by so many layers at a time as make the list come out: slots, or what is to be done to them in place,
+and extras after a commit that has not happened yet, those of several layers one after the other."""
+
+
 def close_gap(tensor: Tensor, first: int, gap: int, stop: int) -> None:
     """Move slots first + gap .. stop - 1 of tensor [B, H, S, ...] to `first`, `gap` at a time: none overlaps."""
     for start in range(first + gap, stop, gap):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastar.cache.base import Staged
-from fastar.cache.change import Change, Edit, Joined, Scratch
-from fastar.cache.policy import Prepared, SlotPolicy
+from fastar.cache.change import Change, Edit, Joined, Prepared, Scratch
+from fastar.cache.policy import SlotPolicy
 from fastar.cache.slots import Slots
 
 
@@ -14,7 +14,7 @@ class DenseCache(SlotPolicy):
     """Keeps everything; memory and work per pass grow with the rollout. The reference of every comparison.
 
     Args:
-        slot_bits, storage, quant_group, read_slots: see `SlotPolicy`.
+        slot_bits, storage, quant_group, read_slots: see `SlotCache`.
     """
 
     def absorb(

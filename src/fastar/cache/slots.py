@@ -22,7 +22,7 @@ MAX_FRAME, MAX_SIDE = 2**_FRAME_BITS, 2**_ROW_BITS
 
 
 class SlotOptions(TypedDict, total=False):
-    """Keyword arguments of `fastar.cache.policy.SlotPolicy`."""
+    """Keyword arguments of `fastar.cache.slot_cache.SlotCache`."""
 
     slot_bits: int
     storage: str

@@ -29,7 +29,7 @@ class StockWindow(SlotPolicy):
             ropes its whole window from 0 in every pass.
         sink_in_commits: False leaves the sink out in passes that commit, which then read the newest frames in its place
             (Rolling-Forcing).
-        slots: slot_bits, storage, quant_group, read_slots: see `SlotPolicy`.
+        slots: slot_bits, storage, quant_group, read_slots: see `SlotCache`.
     """
 
     def __init__(

@@ -19,12 +19,11 @@ from fastar.ann.similarity import SIMILARITIES, Similarity
 from fastar.cache.allocation import Candidates, CostBy, choose, match, renew
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
-from fastar.cache.change import Change, Joined, Scratch
+from fastar.cache.change import Change, Joined, Prepared, Scratch
 from fastar.cache.fused_commit import plan
 from fastar.cache.merge import Representative, Weighting, flat_index, joins_of, rows_of, segment_sum
 from fastar.cache.middle import MatchSpace, MergedValue, MergeRules, Middle
 from fastar.cache.moments import Moment, moment_shape, query_moment
-from fastar.cache.policy import Prepared
 from fastar.cache.slots import Slots
 
 _MAX_COUNT = torch.iinfo(torch.int16).max

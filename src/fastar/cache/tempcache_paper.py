@@ -13,10 +13,10 @@ from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.ann.similarity import SIMILARITIES, Similarity, key_features
 from fastar.cache.base import CacheSpec, Staged, check_choice
-from fastar.cache.change import Joined
+from fastar.cache.change import Joined, Prepared
 from fastar.cache.merge import Representative, find_roots, group_mean, group_medoid, rows_of
 from fastar.cache.middle import MatchSpace
-from fastar.cache.policy import Prepared, SlotPolicy
+from fastar.cache.policy import SlotPolicy
 from fastar.cache.slots import SlotOptions, Slots, take, unpack_positions
 from fastar.cache.threshold_errors import ErrorKind, ErrorRule, ThresholdErrors
 
@@ -51,7 +51,7 @@ class TempCachePaper(SlotPolicy):
         one_to_one: of several tokens that correspond to one key only the most similar merges; the others stay apart.
         sink_frames: first frames that never take part in a merge.
         matcher: how correspondents are found; exact by default.
-        slots: slot_bits, storage, quant_group, read_slots: see `SlotPolicy`.
+        slots: slot_bits, storage, quant_group, read_slots: see `SlotCache`.
     """
 
     def __init__(

@@ -8,42 +8,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
-from torch import Tensor
 
 from fastar import engines, interruption
 from fastar.compare import methods as method_nodes
 from fastar.compare.clips import RENDERED, AnyClips, check_source, load_clips
 from fastar.compare.command import CAN_BE_PUT_RIGHT
-from fastar.compare.free import Generated, free_run
-from fastar.compare.lockstep import run_a, run_b
 from fastar.compare.passes import PLAIN, Passes
 from fastar.compare.played import PLAYED, played_clip
 from fastar.compare.prompt_clips import SOURCE, clips_of_seeds
+from fastar.compare.protocols import PROTOCOLS, Protocols
 from fastar.compare.runs import ComparisonRuns
-from fastar.compare.scores import Scorer
 from fastar.compare.session import Session
 from fastar.compare.tasks import LATENTS, REFERENCE, Group, Task, read_latents
-from fastar.data.video import upscale, write_mp4
 from fastar.metrics.quality import check_measures
 from fastar.results import Run, run_id
-from fastar.results.files import Unwritable, atomic
+from fastar.results.files import Unwritable
 from fastar.results.loading import RESERVED
 from fastar.results.lock import RunLocked
 from fastar.results.logtail import sentence_of, unwrapped
 from fastar.sparsity.base import check_choice
 
 logger = logging.getLogger(__name__)
-
-PROTOCOLS = ("A", "B", "C")
-VIDEO_SCALE, VIDEO_HEIGHT = (
-    2,
-    256,
-)  # of lower ones: H.264 halves the colour resolution, which would show at 96 x 128
-
 
 WAIT_SECONDS = 5
 """Between looks at runs that another process works on."""
@@ -69,7 +56,6 @@ class Comparison:
     say: Callable[[str], None] = lambda line: None
     runs: list[Path] = field(default_factory=list)
     _said: str = field(default="", init=False, repr=False)
-    _running: Passes = field(default=PLAIN, init=False, repr=False)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -79,6 +65,9 @@ class Comparison:
         self.store = ComparisonRuns(config, self.session, self.nodes, self.passes)
         self.seeds = list(range(config.seeds)) if isinstance(config.seeds, int) else list(config.seeds)
         self.metrics = {name: instantiate(node) for name, node in config.metrics.items()}
+        self._protocols = Protocols(
+            config, self.session, self.methods, self.metrics, self.seeds, lambda: self.advance(1)
+        )
         self._check()
 
     @property
@@ -170,43 +159,6 @@ class Comparison:
             interruption.check()
             time.sleep(1)
 
-    # -- the protocols ---------------------------------------------------------------------------------------------
-
-    def _free(self, runs: Mapping[str, Run], group: Group) -> None:
-        [(name, run)] = runs.items()
-        result = free_run(
-            self.session, self.methods[name], group.clips, group.seeds, run, self._scorer(run, group),
-            save_every=self.config.save_every, warmup_chunks=self.config.warmup_chunks,
-            advance=lambda: self.advance(1), capture=self._running.capture,
-        )  # fmt: skip
-        if name == REFERENCE:
-            with atomic(run.folder / LATENTS) as part:
-                save_file({"latents": result.latents.contiguous()}, part)
-        self._keep_videos(run, group, result)
-
-    def _lockstep_a(self, runs: Mapping[str, Run], group: Group) -> None:
-        scorers = {name: self._scorer(run, group) for name, run in runs.items()}
-        methods = {name: self.methods[name] for name in runs}
-        trajectory = self._trajectory(group)
-        run_a(
-            self.session, methods, group.clips, group.seeds, trajectory, scorers, lambda: self.advance(1),
-            save_every=self.config.save_every, attention_chunks=self.config.attention_chunks,
-        )  # fmt: skip
-
-    def _lockstep_b(self, runs: Mapping[str, Run], group: Group) -> None:
-        [(name, run)] = runs.items()
-        scorer, trajectory = self._scorer(run, group), self._trajectory(group)
-        run_b(
-            self.session, self.methods[name], group.clips, group.seeds, trajectory, scorer,
-            lambda: self.advance(1), save_every=self.config.save_every, capture=self._running.capture,
-        )  # fmt: skip
-
-    def _trajectory(self, group: Group) -> Tensor:
-        if group.reference is None:
-            raise ValueError(f"there is no dense trajectory: {group.problem}")
-        given = self.session.beginning(group.clips)
-        return torch.cat([given, group.reference], dim=1)
-
     # -- runs of the store -----------------------------------------------------------------------------------------
 
     def _attempt(self, task: Task, *, retry_failed: bool | None = None) -> list[str]:
@@ -255,36 +207,10 @@ class Comparison:
         unfinished = {name: run for name, run in runs.items() if not run.finished}
         self.advance((len(runs) - len(unfinished)) * self.chunks_per_run)
         if unfinished:
-            work = {"A": self._lockstep_a, "B": self._lockstep_b, "C": self._free}[task.protocol]
-            self._run_passes(PLAIN if task.reference else self.passes)
-            work(unfinished, task.group)
+            self._protocols.run_passes(PLAIN if task.reference else self.passes)
+            self._protocols.run(task, unfinished)
         if task.reference and runs:
             task.group.reference = read_latents(runs[REFERENCE].folder / LATENTS).to(self.session.device)
-
-    def _run_passes(self, passes: Passes) -> None:
-        """Run them so from now on."""
-        if passes.execution != self._running.execution:
-            passes.execution.apply(self.session.backbone.transformer)
-        self._running = passes
-
-    def _scorer(self, run: Run, group: Group) -> Scorer:
-        shown = group.seeds[0] in self.seeds[: self.config.videos]
-        return Scorer(run, self.session, group.clips, self.metrics, group.reference, keep_words=shown)
-
-    def _keep_videos(self, run: Run, group: Group, result: Generated) -> None:
-        if result.shown is None:
-            return
-        shown, fps = set(self.seeds[: self.config.videos]), self.session.eyes().fps
-        scale = VIDEO_SCALE if self.session.backbone.config.frame_size[0] < VIDEO_HEIGHT else 1
-        for clip, seed in enumerate(group.seeds):
-            if seed in shown:
-                for name, frames in (("generated", result.shown), ("truth", group.clips.truth)):
-                    if frames is None:
-                        continue
-                    path = run.videos / f"{name}_seed{seed}.mp4"
-                    write_mp4(path, upscale(frames[clip], scale), fps=fps, crf=12)
-                    for sink in run.sinks:
-                        sink.video(path.stem, path)
 
     def _load_clips(self, seeds: Sequence[int]) -> AnyClips:
         config = self.config
@@ -313,7 +239,7 @@ class Comparison:
                 engines.get(method.engine)
         for protocol in config.protocols:
             check_choice("protocols", protocol, PROTOCOLS)
-        self._run_passes(self.passes)  # what cannot be run here says so now
+        self._protocols.run_passes(self.passes)  # what cannot be run here says so now
         if {"A", "B"} & set(config.protocols) and not self._needs_reference:
             raise ValueError(f"protocols A and B need the method '{REFERENCE}': add it to method=[...]")
         reserved = set(config.columns) & set(RESERVED)
