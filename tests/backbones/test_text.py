@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastar.backbones.storage import CONFIG, WEIGHTS
-from fastar.backbones.text import PIECES, SPECIALS, WORDS, TextEncoder, _network
+from fastar.backbones.text import TextEncoder, _network
+from fastar.backbones.word_pieces import PIECES, SPECIALS, WORDS
 from scripts.text_encoder_cut import main
 
 pytest.importorskip("transformers", reason="the text encoder needs fastar[text]")
@@ -73,9 +74,7 @@ def test_a_cut_of_the_network_gives_the_same_embeddings(whole: TextEncoder) -> N
 
 
 def test_embeddings_are_those_of_the_last_layer_kept(whole: TextEncoder) -> None:
-    deep = whole.network(
-        input_ids=torch.tensor([whole._tokens_of(SENTENCES[0]).ids]), output_hidden_states=True
-    )
+    deep = whole.network(input_ids=torch.tensor([whole.numbers(SENTENCES[0])]), output_hidden_states=True)
     assert len(deep.hidden_states) == 3
     torch.testing.assert_close(whole.encode(SENTENCES[:1])[0], deep.hidden_states[2][0])
     sizes = whole.sizes | {"num_hidden_layers": 1}

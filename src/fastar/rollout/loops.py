@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from fastar.attention.context import PassContext, PassKind
 from fastar.cache.base import check_choice
 from fastar.rollout.solvers import SOLVERS
@@ -75,6 +77,19 @@ class ChunkLoop:
         """Frames that a denoising pass covers, at most: so many actions it needs."""
         return self.most_in_flight * self.chunk_frames
 
+    def chunk_starts(self, num_frames: int) -> range:
+        """Where the chunks of so many frames start, counted from the first one.
+
+        Raises:
+            ValueError: they are not a whole number of chunks.
+        """
+        if num_frames < 1 or num_frames % self.chunk_frames:
+            raise ValueError(
+                f"{num_frames} frames are not a whole number of {self.chunk_frames}-frame chunks: "
+                f"ask for {max(1, round(num_frames / self.chunk_frames)) * self.chunk_frames}"
+            )
+        return range(0, num_frames, self.chunk_frames)
+
     def denoise_passes(
         self, first_frame: int, steps: Sequence[int] = (), end_frame: int | None = None
     ) -> Iterator[PassContext]:
@@ -97,6 +112,21 @@ class ChunkLoop:
             step=step,
             num_steps=len(self.timesteps),
         )
+
+    def actions_of(self, context: PassContext, actions: Tensor | None) -> Tensor | None:
+        """Of actions [B, n], those of a denoising pass.
+
+        Raises:
+            ValueError: there are fewer than the frames in flight.
+        """
+        if actions is None or self.most_in_flight == 1:
+            return actions
+        if actions.shape[1] < context.num_frames:
+            raise ValueError(
+                f"{context.num_frames} frames are in flight and only {actions.shape[1]} actions given: give those of "
+                f"{self.frames_in_flight} frames, or say by end_frame where the video ends"
+            )
+        return actions[:, : context.num_frames]
 
     def commit_pass(self, first_frame: int, kind: PassKind = PassKind.COMMIT) -> PassContext:
         """The pass that caches the clean chunk at `first_frame`: COMMIT, or PREFILL for true history."""

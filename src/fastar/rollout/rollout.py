@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fastar.attention.context import PassContext, PassKind
 from fastar.attention.state import AttentionState
-from fastar.backbones.conditions import ImageCondition, check_image
+from fastar.backbones.conditions import ImageCondition
 from fastar.backbones.prompts import Prompts
-from fastar.backbones.wan.transformer import CausalWanTransformer, ProjectedTokens
-from fastar.rollout.capture import CapturedPasses
+from fastar.backbones.wan.transformer import CausalWanTransformer
 from fastar.rollout.flight import InFlight
-from fastar.rollout.guidance import guidance_of
 from fastar.rollout.loops import ChunkLoop
 from fastar.rollout.noise import FirstNoise, chunk_noise
+from fastar.rollout.passes import ConditionedPasses
 
 
 class NonFiniteError(RuntimeError):
@@ -79,28 +78,20 @@ class Rollout:
         self.pose = (
             None if transformer.odometer is None else transformer.odometer.start(len(self.seeds), self.device)
         )
-        check_image(image, transformer.config, len(self.seeds), self.latent_shape)
-        self.image = image
-        self._picture: ProjectedTokens | None = None
-        self._captured = CapturedPasses(transformer, state) if capture else None
-        self.guidance = guidance_of(
-            loop.guidance, negative, width=transformer.config.text_dim, videos=len(self.seeds)
-        )
-        self.use_prompts(prompts)
+        self.passes = ConditionedPasses(
+            transformer, state, videos=len(self.seeds), latent_shape=self.latent_shape, prompts=prompts,
+            negative=negative, image=image, guidance=loop.guidance, capture=capture,
+        )  # fmt: skip
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """What the videos show from the next pass on."""
+        return self.passes.prompts
 
     def use_prompts(self, prompts: Prompts | None) -> None:
         """Show `prompts` from the next pass on; see the class for what is refused."""
-        self._check_prompts(prompts)
-        self.prompts = prompts
-        dtype = self.transformer.patch_embedding.weight.dtype
-        self._text = None if prompts is None else prompts.text(self.device, dtype)
-        if self._text is not None and self.guidance is not None:
-            self._text = self.guidance.texts(self._text)
-        self._projected: ProjectedTokens | None = None
+        self.passes.use_prompts(prompts)
         self._remembered = {}  # it was about another prompt
-        self.state.prompt_changed()
-        if self._captured is not None:
-            self._captured.clear()
 
     @torch.inference_mode()
     def change_prompts(
@@ -119,12 +110,12 @@ class Rollout:
             ValueError: prompts that do not fit, other than whole chunks, more frames than there are, a cache that
                 cannot drop them any more, or a backbone that follows its pose. Nothing has changed then.
         """
-        self._check_prompts(prompts)
+        self.passes.check_prompts(prompts)
         frames = 0 if recent is None else recent.shape[1]
         if recent is None or not frames:
             self.use_prompts(prompts)
             return
-        starts, first = self._chunk_starts(frames), self.next_frame - frames
+        starts, first = self.loop.chunk_starts(frames), self.next_frame - frames
         if first < 0:
             raise ValueError(f"{frames} frames cannot be rewritten: only {self.next_frame} have been made")
         if self.pose is not None:
@@ -141,7 +132,7 @@ class Rollout:
     @torch.inference_mode()
     def prefill(self, latents: Tensor, actions: Tensor | None = None) -> None:
         """Push true history [B, F, C, h, w] through the commit pass, chunk by chunk (F a multiple of the chunk)."""
-        for start in self._chunk_starts(latents.shape[1]):
+        for start in self.loop.chunk_starts(latents.shape[1]):
             part = slice(start, start + self.loop.chunk_frames)
             self.commit(
                 latents[:, part], None if actions is None else actions[:, part], kind=PassKind.PREFILL
@@ -162,7 +153,7 @@ class Rollout:
         """
         if actions is not None and actions.shape[1] < num_frames:
             raise ValueError(f"{num_frames} frames were asked for and only {actions.shape[1]} actions given")
-        for start in self._chunk_starts(num_frames):
+        for start in self.loop.chunk_starts(num_frames):
             part = slice(start, start + self.loop.frames_in_flight)
             yield self.step(None if actions is None else actions[:, part])
 
@@ -197,7 +188,7 @@ class Rollout:
                 latents = flight[0].latents
                 if context.chunks:
                     latents = torch.cat([chunk.latents for chunk in flight], dim=1)
-                velocity = self.run_pass(context, latents, self._actions_of(context, actions))
+                velocity = self.run_pass(context, latents, self.loop.actions_of(context, actions))
                 parts = velocity.split(self.loop.chunk_frames, dim=1)
                 moved = [
                     chunk.after(part, self.loop, self.seeds)
@@ -208,7 +199,7 @@ class Rollout:
                     on_step(moved[0][1])
             # The GPU is still at work, before the host looks here or, if captured, in the commit.
             self._first_noise.draw_ahead(flight[-1].first_frame + self.loop.chunk_frames)
-        for chunk in flight if self._captured is None else ():
+        for chunk in flight if self.passes.captured is None else ():
             self._require_finite(torch.isfinite(chunk.latents).all(), "denoising")
         return flight[0].latents
 
@@ -230,54 +221,9 @@ class Rollout:
 
     def run_pass(self, context: PassContext, latents: Tensor, actions: Tensor | None) -> Tensor:
         """One forward under `context`; the state commits only if its result is finite."""
-        latents = self._for_each(latents)
-        if self._captured is not None:
-            poses = self._poses(actions)
-            velocity = self._captured.run(
-                context, latents, self._prompt(), self._require_finite,
-                actions=None if actions is None else self._for_each(actions.to(self.device)),
-                poses=None if poses is None else self._for_each(poses),
-            )  # fmt: skip
-            return velocity if self.guidance is None else self.guidance.mixed(velocity)
-        timesteps = torch.tensor([context.timesteps], device=self.device, dtype=torch.float32)
-        self.state.begin_pass(context)
-        try:
-            velocity = self.transformer(
-                latents.to(self.device),
-                timesteps.expand(latents.shape[0], -1),
-                attend=self.state.attend,
-                actions=None if actions is None else self._for_each(actions.to(self.device)),
-                poses=None if (poses := self._poses(actions)) is None else self._for_each(poses),
-                text=self._prompt(),
-                **self._seen(context),
-            ).float()
-            if context.commits:
-                self._require_finite(torch.isfinite(velocity).all(), f"{context.kind} pass")
-        except BaseException:
-            self.state.abort_pass()
-            raise
-        self.state.end_pass()
-        return velocity if self.guidance is None else self.guidance.mixed(velocity)
-
-    def _for_each(self, told: Tensor) -> Tensor:
-        """What all videos [B, ...] are told, once more for the negative prompt."""
-        return told if self.guidance is None else torch.cat([told, told])
-
-    def _prompt(self) -> ProjectedTokens | None:
-        """Keys and values of the prompt in every layer, projected once."""
-        if self._projected is None and self._text is not None:
-            self._projected = self.transformer.project_text(self._text)
-        return self._projected
-
-    def _seen(self, context: PassContext) -> dict[str, Any]:
-        """The image's keys and values, projected once, and what is known of the pass's frames."""
-        if self.image is None:
-            return {}
-        condition = self.image.known(context.first_frame, context.num_frames).to(self.device)
-        if self._picture is None:
-            self._picture = self.transformer.project_image(self._for_each(self.image.tokens.to(self.device)))
-        condition = self._for_each(condition)
-        return {"image": self._picture, "condition": condition}
+        return self.passes.run(
+            context, latents, self._require_finite, actions=actions, poses=self._poses(actions)
+        )
 
     def follow(self, other: "Rollout") -> None:
         """Stand where `other` stands, whose commits have filled this rollout's cache (protocol A)."""
@@ -321,20 +267,6 @@ class Rollout:
         self.pose = None if saved["pose"] is None else saved["pose"].to(self.device)
         self.state.load_state_dict(saved["attention"])
 
-    def _check_prompts(self, prompts: Prompts | None) -> None:
-        width = self.transformer.config.text_dim
-        if width is None and prompts is not None:
-            raise ValueError("this backbone reads no text: leave its prompts out")
-        if width is not None and prompts is None:
-            raise ValueError(
-                f"this backbone reads text and none was given: pass prompts of {len(self.seeds)} videos, {width} wide"
-            )
-        shape = (len(self.seeds), width)
-        if prompts is not None and (prompts.embeddings.shape[0], prompts.embeddings.shape[2]) != shape:
-            raise ValueError(
-                f"prompts must be [{shape[0]}, tokens, {width}], got {list(prompts.embeddings.shape)}"
-            )
-
     def _begun(self, first_frame: int) -> InFlight:
         return InFlight(first_frame, 0, self._first_noise.of(first_frame))
 
@@ -343,17 +275,6 @@ class Rollout:
         self.next_frame = next_frame
         flight = self._flight if self._advanced is None else self._advanced
         self._flight, self._advanced = [chunk for chunk in flight if chunk.first_frame >= next_frame], None
-
-    def _actions_of(self, context: PassContext, actions: Tensor | None) -> Tensor | None:
-        """Those of a denoising pass."""
-        if actions is None or self.loop.most_in_flight == 1:
-            return actions
-        if actions.shape[1] < context.num_frames:
-            raise ValueError(
-                f"{context.num_frames} frames are in flight and only {actions.shape[1]} actions given: give those of "
-                f"{self.loop.frames_in_flight} frames, or say by end_frame where the video ends"
-            )
-        return actions[:, : context.num_frames]
 
     def _require_finite(self, finite: Tensor, what: str) -> None:
         """Twice a chunk, not in every pass: each look makes the GPU wait for the host."""
@@ -368,14 +289,6 @@ class Rollout:
         if self.transformer.odometer is None or self.pose is None or actions is None:
             return None
         return self.transformer.odometer.advance(self.pose, actions.to(self.device))
-
-    def _chunk_starts(self, num_frames: int) -> range:
-        if num_frames < 1 or num_frames % self.loop.chunk_frames:
-            raise ValueError(
-                f"{num_frames} frames are not a whole number of {self.loop.chunk_frames}-frame chunks: "
-                f"ask for {max(1, round(num_frames / self.loop.chunk_frames)) * self.loop.chunk_frames}"
-            )
-        return range(0, num_frames, self.loop.chunk_frames)
 
     def _timed(self, name: str) -> Any:
         return self.timer.measure(name) if self.timer is not None else nullcontext()
