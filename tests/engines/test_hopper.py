@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_dense_and_log_counted(draw: Draw, engine: str, case: str, biased: bool)
     assert nothing.any() == biased
 
 
+def as_in_a_graph(attend: Callable[[], Tensor]) -> Tensor:
+    """What a replayed graph of the call writes: the same bits as the call."""
+    expected, graph = attend(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, expected)
+    return out.clone()
+
+
 @pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
 @pytest.mark.parametrize("queries", [100, 1560])
 def test_a_last_wave_is_split_over_the_keys(
@@ -106,13 +118,7 @@ def test_a_last_wave_is_split_over_the_keys(
     log_count = draw.log_count(1, 12, 5001) if biased else None
     check("fa4", q, k, v, lse=True, log_count=log_count)
     given = {"engine": "fa4", "log_count": log_count}
-    expected = engines.attend(q, k, v, **given)[0]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = engines.attend(q, k, v, **given)[0]
-    out.fill_(torch.nan)
-    graph.replay()
-    assert torch.equal(out, expected)
+    out = as_in_a_graph(lambda: engines.attend(q, k, v, **given)[0])
     monkeypatch.setattr(fa4, "split_of", lambda *sizes, listed: None)
     whole = engines.attend(q, k, v, **given)[0]
     assert relative_error(out, whole.float()) < TOLERANCE[torch.bfloat16]
@@ -131,13 +137,7 @@ def test_lists_of_a_last_wave_are_dealt_out(
     log_count = draw.log_count(1, 12, 9001) if biased else None
     assert check("fa4", q, k, v, lse=True, log_count=log_count, plan=plan).any()
     given = {"engine": "fa4", "log_count": log_count, "plan": plan}
-    expected = engines.attend(q, k, v, **given)[0]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = engines.attend(q, k, v, **given)[0]
-    out.fill_(torch.nan)
-    graph.replay()
-    assert torch.equal(out, expected)
+    as_in_a_graph(lambda: engines.attend(q, k, v, **given)[0])
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["counts 1", "log_count"])
