@@ -217,6 +217,8 @@ def test_lists_of_a_last_wave_are_dealt_out(
     assert wanted == [(300, plan.max_blocks * 16, 3, 132, 128, width, True)] * 2
     fewest = plan.dealt_out(split[0] // 128, split[1])[0].min()
     assert fewest == 0 if split[0] == 0 else fewest < plan.max_blocks
+    with pytest.raises(ValueError, match="one batch entry are dealt out, not of 2"):
+        draw.plan(2, 3, 300, 133, 128, 16).dealt_out(0, 2)
 
 
 def test_plans_of_other_blocks_or_unknown_length_are_not_split(

@@ -123,7 +123,12 @@ class BlockPlan:
 
         Returns:
             int32 counts [parts, H, query blocks - first] and blocks [parts, H, query blocks - first, any], ascending.
+
+        Raises:
+            ValueError: a plan of several batch entries.
         """
+        if self.block_mask.shape[0] > 1:
+            raise ValueError(f"lists of one batch entry are dealt out, not of {self.block_mask.shape[0]}")
         if (first, parts) not in self._dealt:
             counts, indices = (x[0, :, first:] for x in self.listed())
             most = indices.shape[2] if self.max_blocks is None else min(self.max_blocks, indices.shape[2])
