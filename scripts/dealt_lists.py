@@ -2,13 +2,12 @@
 
     python scripts/dealt_lists.py [RECORD.json]       # a GPU with FlashAttention-4
 
-A quarter of the key blocks, at random, with and without log-counts; 1 part is the call as it comes. What
+A quarter of the key blocks, at random, with and without log-counts; 1 part: no list is shared out. What
 `fastar.engines.waves.split_of` decides for lists is read off here.
 """
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,15 +15,16 @@ from fastar.benchmark.attention_calls import Geometry
 from fastar.benchmark.engines import benchmark
 from fastar.engines import fa4, waves
 from fastar.results.files import write_json
+from fastar.results.provenance import code_of, environment
 
 KEYS, PARTS, DENSITY = (16_384, 32_760, 46_080, 65_536, 131_040), (1, 2, 3, 5, 11), 0.25
 TILE = 128
 
 
 def whole_waves(geometry: Geometry, processors: int) -> int:
-    """The first queries, whose tiles fill waves of so many processors."""
-    tiles = -(-geometry.queries // TILE)
-    return max(n for n in range(tiles) if (n * geometry.heads) % processors == 0) * TILE
+    """The most of the first queries whose tiles need no more waves of so many processors than are full."""
+    full = -(-geometry.queries // TILE) * geometry.heads // processors
+    return full * processors // geometry.heads * TILE
 
 
 def main() -> None:
@@ -44,9 +44,16 @@ def main() -> None:
         for row in benchmark(["fa4"], KEYS, [DENSITY], geometry, device=gpu, dtype=torch.bfloat16, repeats=9):
             rows.append({"parts": parts} | row)
             print({name: rows[-1][name] for name in ("parts", "kind", "keys", "ms", "of_dense", "reason")})
-    card: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    made = environment(device=gpu)
+    card = {
+        "device": made["device"],
+        "torch": torch.__version__,
+        "code": code_of(made),
+        "day": made["time"][:10],
+    }
+    card |= {"dtype": "bfloat16", "queries": geometry.queries}
     if len(sys.argv) > 1:
-        write_json(Path(sys.argv[1]), {"card": card | {"queries": geometry.queries}, "rows": rows})
+        write_json(Path(sys.argv[1]), {"card": card, "environment": made, "rows": rows})
 
 
 if __name__ == "__main__":

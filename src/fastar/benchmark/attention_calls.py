@@ -48,6 +48,11 @@ def cases(densities: Sequence[float]) -> list[Case]:
 
 @dataclass(frozen=True)
 class Call:
+    """One attention call: q [B, H, Lq, D], k and v [B, H, Lk, D], and what `engines.attend` takes beside them.
+
+    head_dim: of the vectors, where q and k are wider for the log-counts inside them.
+    """
+
     q: Tensor
     k: Tensor
     v: Tensor
@@ -65,6 +70,7 @@ class Call:
         return replace(self, q=q, k=k, log_count=None, head_dim=head_dim)
 
     def run(self, engine: str) -> Tensor:
+        """Its output, [B, H, Lq, D]."""
         options: dict[str, Any] = {"log_count": self.log_count, "plan": self.plan, "head_dim": self.head_dim}
         return engines.attend(self.q, self.k, self.v, engine=engine, **options)[0]
 
@@ -78,7 +84,10 @@ class Call:
 
 
 class Inputs:
-    """The same vectors for all cases of one number of keys."""
+    """The same vectors for all cases of one number of keys.
+
+    kept: keys lie in the order of every plan.
+    """
 
     def __init__(
         self, geometry: Geometry, keys: int, device: torch.device, dtype: torch.dtype, seed: int, kept: bool
@@ -95,6 +104,7 @@ class Inputs:
         self.log_count = counts.float().log()
 
     def of(self, case: Case) -> Call:
+        """The call of a case, plans being drawn anew each time."""
         log_count = self.log_count if case.biased else None
         plan = self._plan(case.density) if case.density < 1 else None
         return Call(self.q, self.k, self.v, log_count, plan)
